@@ -1,0 +1,1 @@
+"""From records to tensors: sources, images, rendering, padding."""

@@ -1,0 +1,21 @@
+"""Errors meant for a person: the command line prints their text alone, without a traceback."""
+
+from __future__ import annotations
+
+
+class PerlVlmError(Exception):
+    """Something the user can mend. The text says what was sought, what was found and what would be right."""
+
+
+class BadRecord(PerlVlmError):
+    """A record of a data set cannot be used.
+
+    Args:
+        origin: where the record stands, such as ``train.jsonl row 12``.
+        problem: what is wrong with it.
+        remedy: what would make it right.
+    """
+
+    def __init__(self, origin: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{origin}: {problem}. {remedy}")
+        self.origin, self.problem, self.remedy = origin, problem, remedy

@@ -1,0 +1,145 @@
+"""From scores to what the policy and the value function learn: token rewards, advantages, returns.
+
+Shape letters: B sequences, R response tokens. Responses are padded on the right; everything is zero outside the mask,
+float32 (float64 for float64 inputs), and differentiable, so call these without gradients when they make targets.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from perl_vlm.formulas._checks import as_mask, check_right_padded, check_shapes, upcast
+from perl_vlm.formulas.masking import last_valid, masked_var
+
+
+def token_rewards(scores: Tensor, penalty: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+    """``r_t = -beta d_t + [t = last] score``, with ``last`` the last real token of the response.
+
+    The last token is told by the mask: not the padding after it, where TRL 1.12 put the score.
+
+    Args:
+        scores: [B] reward of each whole response.
+        penalty: [B, R] d_t, the divergence from the reference at each token, such as ``k1``.
+        mask: [B, R] true on real response tokens, the end-of-sequence token included.
+        kl_coef: beta >= 0.
+
+    Returns:
+        [B, R].
+
+    Raises:
+        ValueError: where the shapes do not fit, beta is negative, or a response has no token (the rows are named).
+
+    Source: Ouyang et al., 2203.02155; PE-RLHF, 2403.10704 (reward at the final token only); 2309.09055 (choice of d).
+    """
+    check_shapes(scores=(scores, "B"), penalty=(penalty, "BR"), mask=(mask, "BR"))
+    if not kl_coef >= 0:
+        raise ValueError(f"kl_coef is {kl_coef}; it must be 0 or more")
+    real, last = as_mask(mask), last_valid(mask)
+    penalty = upcast(penalty)
+    rewards = torch.where(real, -kl_coef * penalty, torch.zeros_like(penalty))
+    return rewards.scatter_add(1, last[:, None], scores.to(rewards.dtype)[:, None])
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation.
+
+    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lambda A_{t+1}``, returns ``A_t + V_t``; V and A
+    are 0 after the last real token, whatever the value function says about padding.
+
+    lambda = 0 gives the one-step error delta_t; lambda = 1 the discounted return minus the value.
+
+    Args:
+        rewards: [B, R] r_t.
+        values: [B, R] V_t, the value before token t is known.
+        mask: [B, R], padded on the right.
+        gamma: discount in [0, 1].
+        lam: lambda in [0, 1].
+
+    Returns:
+        advantages [B, R] and returns [B, R] (the value function's targets).
+
+    Raises:
+        ValueError: where the shapes differ, a real token follows padding, or gamma or lambda lies outside [0, 1].
+
+    Source: Schulman et al., "High-dimensional continuous control using generalized advantage estimation", 1506.02438,
+    equations 11, 12 and 16.
+    """
+    check_shapes(rewards=(rewards, "BR"), values=(values, "BR"), mask=(mask, "BR"))
+    _check_fraction(gamma=gamma, lam=lam)
+    rewards, values, real = _inside(rewards, mask), _inside(values, mask), as_mask(mask)
+    nothing = torch.zeros_like(values[:, :1])
+    deltas = rewards + gamma * torch.cat([values[:, 1:], nothing], dim=1) - values
+    advantages = _discounted_sums(deltas, gamma * lam)
+    return torch.where(real, advantages, torch.zeros_like(advantages)), advantages + values
+
+
+def returns_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+    """``G_t = r_t + gamma G_{t+1}``, with G = 0 after the last real token.
+
+    Args:
+        rewards: [B, R].
+        mask: [B, R], padded on the right.
+        gamma: discount in [0, 1].
+
+    Returns:
+        [B, R].
+
+    Raises:
+        ValueError: where the shapes differ, a real token follows padding, or gamma lies outside [0, 1].
+
+    Source: Williams, "Simple statistical gradient-following algorithms for connectionist reinforcement learning", 1992.
+    """
+    check_shapes(rewards=(rewards, "BR"), mask=(mask, "BR"))
+    _check_fraction(gamma=gamma)
+    return _discounted_sums(_inside(rewards, mask), gamma)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """``1 - Var[returns - values] / Var[returns]`` over the masked tokens.
+
+    1 is a perfect value function, 0 one that knows no more than the mean, below 0 one that misleads; 0 by convention
+    where the returns are all alike and nothing could be explained.
+
+    Args:
+        values: [B, R] predictions.
+        returns: [B, R] what they should have been.
+        mask: [B, R].
+
+    Returns:
+        A scalar, at most 1.
+
+    Raises:
+        ValueError: where the shapes differ or the mask is empty.
+
+    Source: OpenAI Baselines' PPO diagnostics.
+    """
+    check_shapes(values=(values, "BR"), returns=(returns, "BR"), mask=(mask, "BR"))
+    returns = upcast(returns)
+    total, rest = masked_var(returns, mask), masked_var(returns - upcast(values), mask)
+    kept = returns[as_mask(mask)]
+    # Rounding of the mean gives equal returns a variance just above 0, so equality is asked for itself.
+    explainable = (kept.max() > kept.min()) & (total > 0)
+    return torch.where(explainable, 1 - rest / total, torch.zeros_like(total))
+
+
+def _discounted_sums(x: Tensor, discount: float) -> Tensor:
+    """y_t = x_t + discount y_{t+1}, from the right."""
+    running, columns = torch.zeros_like(x[:, 0]) if x.shape[1] else x.new_zeros(x.shape[0]), []
+    for column in reversed(x.unbind(dim=1)):
+        running = column + discount * running
+        columns.append(running)
+    return torch.stack(columns[::-1], dim=1) if columns else x
+
+
+def _inside(x: Tensor, mask: Tensor) -> Tensor:
+    real = as_mask(mask)
+    check_right_padded(real)
+    x = upcast(x)
+    return torch.where(real, x, torch.zeros_like(x))
+
+
+def _check_fraction(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name} is {number}; it must lie in [0, 1]")

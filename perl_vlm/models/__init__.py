@@ -1,0 +1,1 @@
+"""Models: loading, towers, adapters, heads, and the roles that share one frozen base."""

@@ -1,0 +1,83 @@
+"""The plugin contract: everything a task is.
+
+A task is a class that names its data, what its reward model predicts and how a response is judged. It is registered
+by an entry point of the group ``perl_vlm.tasks`` and needs nothing else of the library::
+
+    class Captions(Task):
+        name = "captions"
+        modality = "image+text"
+        primary_metric = "accuracy"
+        Config = CaptionsConfig            # a frozen dataclass, its fields become --task.* flags
+
+        def examples(self, split): ...
+        def preferences(self, split): ...
+        def evaluate(self, example, response): ...
+
+``perl_vlm.testing.check_task(Captions())`` says whether it is sound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from perl_vlm.types import Comparison, Example, Rating, RewardHead, Split
+
+if TYPE_CHECKING:
+    from perl_vlm.data.collate import Collator
+    from perl_vlm.data.render import Renderer
+
+Modality = Literal["text", "image+text"]
+
+
+@dataclass(frozen=True)
+class NoConfig:
+    """The configuration of a task that has no knobs."""
+
+
+class Task:
+    """One task: its data, its reward head and its judgement.
+
+    Subclasses set the four class attributes and implement ``examples``, ``preferences`` and ``evaluate``. Importing a
+    task must not import torch, so that listing tasks stays instant.
+    """
+
+    name: ClassVar[str]
+    """What the command line calls it: ``perl-vlm <name> run``."""
+    modality: ClassVar[Modality]
+    """``text`` for tasks whose examples have no images."""
+    primary_metric: ClassVar[str]
+    """The key of ``evaluate``'s answer that decides."""
+    Config: ClassVar[type] = NoConfig
+    """A frozen dataclass; its fields are the ``--task.*`` flags and its attribute docstrings their help."""
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = self.Config() if config is None else config
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        """Prompts with reference answers, for SFT, RL and evaluation. The same ids in the same order at each call."""
+        raise NotImplementedError(f"{type(self).__name__} has no examples(split)")
+
+    def preferences(self, split: Split) -> Sequence[Comparison] | Sequence[Rating]:
+        """Human feedback for the reward model: Comparisons for a ``pairs`` head, Ratings for a ``labels`` head."""
+        raise NotImplementedError(f"{type(self).__name__} has no preferences(split)")
+
+    def evaluate(self, example: Example, response: str) -> dict[str, float]:
+        """Judge one response; holds ``primary_metric`` and whatever else is worth a mean."""
+        raise NotImplementedError(f"{type(self).__name__} has no evaluate(example, response)")
+
+    def verify(self, example: Example, response: str) -> float | None:
+        """A programmatic reward where one exists. It can replace the learned reward, and it is the gold standard
+        against which reward hacking is measured."""
+        return None
+
+    def reward_head(self) -> RewardHead:
+        """What the reward model predicts."""
+        return RewardHead("pairs")
+
+    def collator(self, renderer: Renderer) -> Collator:
+        """Turns records into tensors. The library's collator serves text and image+text alike."""
+        from perl_vlm.data.collate import Collator
+
+        return Collator(renderer)

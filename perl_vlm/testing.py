@@ -1,0 +1,262 @@
+"""``check_task``: proof that a task plugin is sound.
+
+    from perl_vlm.testing import check_task
+
+    def test_my_task():
+        check_task(MyTask(MyConfig(path="tests/data")))
+
+It needs no model and no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from PIL import Image
+
+from perl_vlm.task import Task
+from perl_vlm.types import SPLITS, Comparison, Example, ImageSlot, Rating, Split
+
+Record = TypeVar("Record")
+
+_COMPARED = 2000
+"""Records of each split whose ids and prompts are compared; their pictures are not decoded."""
+
+
+def check_task(task: Task, *, samples: int = 64, splits: Sequence[Split] = SPLITS) -> None:
+    """Check what training and evaluation take for granted.
+
+    Ids are unique and the same at every load; no prompt with its pictures, and no picture, is in two splits; pictures
+    open and count as many as their slots; references score 1 on the primary metric and under ``verify``; rejected
+    responses score lower than chosen ones; preferences are of the type that the reward head is trained on.
+
+    Args:
+        task: the task, configured so that its data can be read.
+        samples: how many records of each split, evenly spaced, are looked at in full.
+        splits: the splits that the task has.
+
+    Raises:
+        AssertionError: what is wrong, where, and how to mend it.
+    """
+    _check_class(task)
+    examples: dict[Split, Sequence[Example]] = {}
+    preferences: dict[Split, Sequence[Comparison] | Sequence[Rating]] = {}
+    for split in splits:
+        examples[split] = _load(task, "examples", split)
+        preferences[split] = _load(task, "preferences", split)
+        for example in _spaced(examples[split], samples):
+            _check_prompt(task, example)
+            _check_reference(task, example)
+        for preference in _spaced(preferences[split], samples):
+            _check_prompt(task, preference)
+            _check_preference(task, preference)
+        _check_stable(task, "examples", split, examples[split], samples)
+        _check_stable(task, "preferences", split, preferences[split], samples)
+    _check_apart(task, examples, preferences, samples)
+
+
+def _fail(task: Task, text: str) -> NoReturn:
+    raise AssertionError(f"{type(task).__name__}: {text}")
+
+
+def _require(task: Task, condition: object, text: str) -> None:
+    if not condition:
+        _fail(task, text)
+
+
+def _check_class(task: Task) -> None:
+    for name in ("name", "modality", "primary_metric"):
+        value = getattr(task, name, None)
+        _require(task, isinstance(value, str) and value, f"set the class attribute `{name}` to a text")
+    modalities = ("text", "image+text")
+    _require(task, task.modality in modalities, f"`modality` is {task.modality!r}; it is one of {modalities}")
+    config = task.Config
+    frozen = dataclasses.is_dataclass(config) and config.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    _require(task, frozen, "`Config` must be a dataclass with frozen=True; its fields become the --task.* flags")
+
+
+def _load(task: Task, what: str, split: Split) -> Any:
+    records = getattr(task, what)(split)
+    _require(
+        task,
+        hasattr(records, "__len__") and hasattr(records, "__getitem__"),
+        f"{what}({split!r}) returned {type(records).__name__}; return a sequence, which may make its items on demand",
+    )
+    _require(task, len(records) > 0, f"{what}({split!r}) is empty; every split needs records")
+    ids = [record.id for record in _first(records)]
+    seen: set[str] = set()
+    for position, key in enumerate(ids):
+        _require(
+            task,
+            isinstance(key, str) and key,
+            f"{what}({split!r})[{position}].id is {key!r}; an id is a text that is not empty",
+        )
+        _require(task, key not in seen, f"{what}({split!r}) has the id {key!r} twice; ids are unique within a split")
+        seen.add(key)
+    return records
+
+
+def _first(records: Sequence[Record]) -> list[Record]:
+    return [records[i] for i in range(min(len(records), _COMPARED))]
+
+
+def _spaced(records: Sequence[Record], samples: int) -> list[Record]:
+    count = min(samples, len(records))
+    return [records[i * len(records) // count] for i in range(count)]
+
+
+def _check_stable(task: Task, what: str, split: Split, records: Sequence[Any], samples: int) -> None:
+    """A second task of the same configuration has the same records in the same order."""
+    again = getattr(type(task)(task.config), what)(split)
+    _require(task, len(again) == len(records), f"{what}({split!r}) changed its length from one load to the next")
+    for old, new in zip(_spaced(records, samples), _spaced(again, samples), strict=True):
+        same = old.id == new.id and _words(old) == _words(new)
+        _require(
+            task,
+            same,
+            f"{what}({split!r}) gave {old.id!r} ({_words(old)!r:.200}) and, loaded again, {new.id!r} "
+            f"({_words(new)!r:.200}). Draw from random.Random of a fixed text, and avoid sets and hash()",
+        )
+
+
+def _words(record: Any) -> tuple[Hashable, ...]:
+    return (record.messages, *(getattr(record, name, None) for name in ("reference", "chosen", "rejected", "response")))
+
+
+def _check_prompt(task: Task, record: Example | Comparison | Rating) -> None:
+    place = f"record {record.id!r}"
+    _require(task, record.messages, f"{place} has no messages")
+    roles = [message.role for message in record.messages]
+    unknown = sorted(set(roles) - {"system", "user", "assistant"})
+    _require(task, not unknown, f"{place} has the roles {unknown}; roles are system, user, assistant")
+    _require(task, roles[-1] == "user", f"{place} ends in a turn of {roles[-1]!r}; a prompt ends in a user turn")
+    slots = sum(isinstance(part, ImageSlot) for message in record.messages for part in message.content)
+    count = len(record.images)
+    _require(task, slots == count, f"{place} has {slots} image slots and {count} images; put one ImageSlot for each")
+    if task.modality == "text":
+        _require(task, not record.images, f'{place} has images, but `modality` is "text"; make it "image+text"')
+    has_text = any(message.text.strip() for message in record.messages)
+    _require(task, has_text or count, f"{place} has neither text nor images in its prompt")
+    for position, image in enumerate(record.images):
+        picture = _open(task, image, f"image {position} of {place}")
+        _require(
+            task,
+            isinstance(picture, Image.Image) and picture.mode == "RGB",
+            f"image {position} of {place} loads as {getattr(picture, 'mode', type(picture).__name__)}; "
+            "load() returns a PIL image in RGB",
+        )
+
+
+def _open(task: Task, image: Any, place: str) -> Image.Image:
+    try:
+        picture: Image.Image = image.load()
+    except Exception as error:
+        raise AssertionError(f"{type(task).__name__}: {place} does not open: {error}") from error
+    return picture
+
+
+def _evaluate(task: Task, example: Example, response: str) -> float:
+    scores = task.evaluate(example, response)
+    place = f"evaluate() of record {example.id!r}"
+    _require(
+        task,
+        isinstance(scores, dict) and task.primary_metric in scores,
+        f"{place} returned {scores!r}, which lacks the primary metric {task.primary_metric!r}",
+    )
+    for key, value in scores.items():
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        _require(task, number, f"{place} gave {key} = {value!r}; scores are finite numbers, whatever the response")
+    return float(scores[task.primary_metric])
+
+
+def _check_reference(task: Task, example: Example) -> None:
+    if example.reference is None:
+        return
+    place = f"the reference {example.reference!r} of record {example.id!r}"
+    score = _evaluate(task, example, example.reference)
+    _require(task, score == 1.0, f"{place} scores {score} on {task.primary_metric}; the right answer scores 1.0")
+    reward = task.verify(example, example.reference)
+    _require(task, reward is None or reward == 1.0, f"verify() gives {place} {reward}; the right answer earns 1.0")
+    _evaluate(task, example, "")
+
+
+def _check_preference(task: Task, record: Comparison | Rating) -> None:
+    kind = task.reward_head().kind
+    wanted = Comparison if kind == "pairs" else Rating
+    _require(
+        task,
+        isinstance(record, wanted),
+        f"reward_head() is of kind {kind!r}, which is trained on {wanted.__name__}s, but preferences() holds "
+        f"{type(record).__name__} {record.id!r}; change one of the two",
+    )
+    if isinstance(record, Rating):
+        _require(task, isinstance(record.label, bool), f"record {record.id!r} has the label {record.label!r}, no bool")
+        _require(task, record.response.strip(), f"record {record.id!r} has an empty response")
+        return
+    for name, text in (("chosen", record.chosen), ("rejected", record.rejected)):
+        _require(task, isinstance(text, str) and text.strip(), f"record {record.id!r} has an empty {name} response")
+    _require(task, record.chosen != record.rejected, f"record {record.id!r}: chosen and rejected are the same")
+    example = Example(
+        record.id, record.messages, record.images, record.chosen, dict(record.metadata), origin=record.origin
+    )
+    _check_lower(task, example, record, "evaluate()", _evaluate)
+    if task.verify(example, record.chosen) is not None:
+        _check_lower(task, example, record, "verify()", lambda task, ex, text: float(task.verify(ex, text) or 0.0))
+
+
+def _check_lower(
+    task: Task, example: Example, record: Comparison, name: str, judge: Callable[[Task, Example, str], float]
+) -> None:
+    chosen, rejected = judge(task, example, record.chosen), judge(task, example, record.rejected)
+    _require(
+        task,
+        chosen > rejected,
+        f"record {record.id!r}: {name} gives the chosen response {record.chosen!r:.80} {chosen} and the rejected one "
+        f"{record.rejected!r:.80} {rejected}; the rejected one must score lower",
+    )
+
+
+def _check_apart(
+    task: Task,
+    examples: dict[Split, Sequence[Example]],
+    preferences: dict[Split, Sequence[Comparison] | Sequence[Rating]],
+    samples: int,
+) -> None:
+    """No id, prompt or picture of one split is in another."""
+    kinds: list[tuple[str, dict[Split, dict[Hashable, str]]]] = []
+    kinds.append(("id", {split: {r.id: r.id for r in _first(examples[split])} for split in examples}))
+    both = {split: [*_first(examples[split]), *_first(preferences[split])] for split in examples}
+    prompts = {split: {_prompt_key(r): r.id for r in records} for split, records in both.items()}
+    kinds.append(("prompt with its pictures", prompts))
+    pictures: dict[Split, dict[Hashable, str]] = {split: {} for split in examples}
+    for split in examples:
+        for record in (*_spaced(examples[split], samples), *_spaced(preferences[split], samples)):
+            pictures[split].update({_digest(image.load()): record.id for image in record.images})
+    kinds.append(("picture", pictures))
+    for name, keys in kinds:
+        for one in keys:
+            for other in keys:
+                shared = keys[one].keys() & keys[other].keys() if one < other else set()
+                if shared:
+                    key = min(shared, key=str)
+                    _fail(
+                        task,
+                        f"{one} and {other} share {len(shared)} of the {name}s looked at, such as that of "
+                        f"{keys[one][key]!r} and {keys[other][key]!r}; what is tested on must not be trained on",
+                    )
+
+
+def _prompt_key(record: Example | Comparison | Rating) -> Hashable:
+    try:
+        hash(record.images)
+    except TypeError:
+        return (record.messages, tuple(_digest(image.load()) for image in record.images))
+    return (record.messages, record.images)
+
+
+def _digest(picture: Image.Image) -> str:
+    return hashlib.sha256(repr((picture.mode, picture.size)).encode() + picture.tobytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""The training loops and what surrounds them: checkpoints, logs, run folders."""

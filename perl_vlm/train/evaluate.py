@@ -1,0 +1,149 @@
+"""Held-out evaluation by greedy decoding: each role's answers, the paired gain and its interval, the exact KL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perl_vlm.data.sequences import to_device
+from perl_vlm.formulas import exact_kl, masked_sum
+from perl_vlm.models.roles import REFERENCE
+from perl_vlm.rollout.sampler import decode, sample_rollout
+from perl_vlm.stats import paired_bootstrap
+from perl_vlm.train.log import SampleLog, progress, say
+from perl_vlm.train.stage import Stage, first
+from perl_vlm.types import Example
+
+KL_PROMPTS = 512
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer and its judgement."""
+
+    response: str
+    tokens: int
+    judged: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the report draws on."""
+
+    examples: list[Example]
+    anchor: list[Answer]
+    policy: list[Answer]
+    """Empty where only the anchor was evaluated."""
+    metrics: dict[str, float]
+    ci95: dict[str, tuple[float, float]]
+
+
+@torch.no_grad()
+def greedy_answers(stage: Stage, role: str, examples: Sequence[Example]) -> list[Answer]:
+    """Decode every example greedily as ``role`` and judge the answers."""
+    size, answers = stage.config.eval.batch_size, []
+    with progress(len(examples), f"eval {role}") as bar:
+        for start in range(0, len(examples), size):
+            part = examples[start : start + size]
+            prompts = to_device(stage.collator.prompts(part), stage.device)
+            limit = stage.config.ppo.max_new_tokens
+            decoded = decode(
+                stage.roles, role, prompts, max_new_tokens=limit, min_new_tokens=stage.config.ppo.min_new_tokens,
+                greedy=True,
+            )  # fmt: skip
+            for example, tokens in zip(part, decoded.tokens, strict=True):
+                text = stage.renderer.decode(tokens)
+                answers.append(Answer(text, len(tokens), stage.task.evaluate(example, text)))
+            bar.update(len(part))
+    return answers
+
+
+def evaluate(stage: Stage) -> Evaluation:
+    """Compare the policy with its anchor on the evaluation split; the anchor alone where there is no policy."""
+    stage.begin()
+    config = stage.config.eval
+    examples = first(stage.examples(config.split), config.limit)
+    anchor = greedy_answers(stage, REFERENCE, examples)
+    metrics = _means("anchor", anchor, examples)
+    ci95: dict[str, tuple[float, float]] = {}
+    policy: list[Answer] = []
+    if "policy" in stage.roles:
+        policy = greedy_answers(stage, "policy", examples)
+        metrics |= _means("policy", policy, examples)
+        for key in anchor[0].judged:
+            before, after = [a.judged[key] for a in anchor], [a.judged[key] for a in policy]
+            gain, interval = paired_bootstrap(before, after, resamples=config.bootstrap, seed=stage.config.seed)
+            metrics[f"gain/{key}"], ci95[f"gain/{key}"] = gain, interval
+        metrics["policy/kl"] = exact_policy_kl(stage, examples[:KL_PROMPTS])
+    metrics["eval/examples"] = float(len(examples))
+    log = SampleLog(stage.run.samples, stage="eval")
+    log.log(0, [_line(stage, place, examples, anchor, policy) for place in range(len(examples))])
+    log.close()
+    return Evaluation(examples, anchor, policy, metrics, ci95)
+
+
+@torch.no_grad()
+def exact_policy_kl(stage: Stage, examples: Sequence[Example]) -> float:
+    """KL(policy || reference) of whole responses in nats: full-vocabulary sums at every token of sampled responses,
+    averaged over prompts."""
+    config, total = stage.config.ppo, 0.0
+    size = stage.config.eval.batch_size
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        prompts = to_device(stage.collator.prompts(part), stage.device)
+        rollout = sample_rollout(
+            stage.roles, "policy", prompts, stage.renderer, [example.id for example in part],
+            max_new_tokens=config.max_new_tokens, min_new_tokens=config.min_new_tokens, temperature=config.temperature,
+        )  # fmt: skip
+        logits: list[Tensor] = [
+            stage.roles.logprobs(
+                role, rollout.sequences, temperature=config.temperature, min_new_tokens=config.min_new_tokens
+            ).logits
+            for role in ("policy", REFERENCE)
+        ]
+        total += masked_sum(exact_kl(*logits), rollout.sequences.response_mask).item()
+    return total / len(examples)
+
+
+def announce(stage: Stage, evaluation: Evaluation) -> None:
+    """One line a figure, for the terminal."""
+    primary, metrics = stage.task.primary_metric, evaluation.metrics
+    line = f"{primary} of the anchor {metrics[f'anchor/{primary}']:.1%}"
+    if evaluation.policy:
+        low, high = evaluation.ci95[f"gain/{primary}"]
+        line += (
+            f", of the policy {metrics[f'policy/{primary}']:.1%}: gain {100 * metrics[f'gain/{primary}']:+.1f} points "
+            f"[{100 * low:+.1f}, {100 * high:+.1f}], KL {metrics['policy/kl']:.3f} nats"
+        )
+    say(f"eval: {line} ({len(evaluation.examples)} {stage.config.eval.split} examples)")
+
+
+def _means(role: str, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
+    means = {
+        f"{role}/{key}": sum(answer.judged[key] for answer in answers) / len(answers) for key in answers[0].judged
+    }
+    means[f"{role}/response_tokens"] = sum(answer.tokens for answer in answers) / len(answers)
+    for kind in sorted({str(example.metadata["kind"]) for example in examples if "kind" in example.metadata}):
+        own = [a for a, example in zip(answers, examples, strict=True) if example.metadata.get("kind") == kind]
+        for key in own[0].judged:
+            means[f"{role}/{key}/{kind}"] = sum(answer.judged[key] for answer in own) / len(own)
+    return means
+
+
+def _line(
+    stage: Stage, place: int, examples: Sequence[Example], anchor: Sequence[Answer], policy: Sequence[Answer]
+) -> dict[str, object]:
+    example, primary = examples[place], stage.task.primary_metric
+    line: dict[str, object] = {
+        "id": example.id,
+        "prompt": example.messages[-1].text,
+        "reference": example.reference,
+        "anchor": anchor[place].response,
+        f"anchor/{primary}": anchor[place].judged[primary],
+    }
+    if policy:
+        line |= {"policy": policy[place].response, f"policy/{primary}": policy[place].judged[primary]}
+    return line

@@ -1,0 +1,246 @@
+"""Turn a finished run into what a person reads: ``report.html`` and the model card."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import yaml
+
+from perl_vlm.data.images import to_png_bytes
+from perl_vlm.data.sequences import to_device
+from perl_vlm.report.card import write_model_card
+from perl_vlm.report.html import Curve, Distribution, GalleryItem, Report, write_report
+from perl_vlm.train.evaluate import Answer, Evaluation
+from perl_vlm.train.log import read_log
+from perl_vlm.train.stage import Stage
+from perl_vlm.types import Example
+
+GALLERY = 12
+SCORED = 512
+PACKAGES = ("perl-vlm", "torch", "transformers", "peft", "accelerate")
+
+# (stage, title, metric keys with their legends, note)
+CURVES: tuple[tuple[str, str, dict[str, str], str], ...] = (
+    ("sft", "Supervised loss", {"loss": "loss"}, ""),
+    ("rm", "Reward model: accuracy in training", {"accuracy": "share of pairs ranked right"}, ""),
+    ("rm", "Reward model: loss", {"loss": "loss"}, ""),
+    ("ppo", "Learned reward", {"objective/scores": "mean reward"}, "In standard deviations of the reward model."),
+    ("ppo", "Gold score of sampled answers", {"gold/{primary}": "{primary}"}, "Never used in training."),
+    ("ppo", "KL to the reference", {"objective/kl": "nats a response"}, "Sampled estimate (k1)."),
+    ("ppo", "Entropy of the policy", {"objective/entropy": "nats a token"}, ""),
+    ("ppo", "Value function", {"val/explained_variance": "explained variance"}, "1 is perfect, 0 knows nothing."),
+    ("ppo", "Gradient norms before clipping", {"grad_norm/policy": "policy", "grad_norm/value": "value"}, ""),
+    ("ppo", "Sampler against recomputation", {"rollout/logprob_agreement": "mean exp|delta log-prob|"}, "1 is perfect."),
+)
+
+
+def publish(stage: Stage, summary: Mapping[str, Any], evaluation: Evaluation | None, notes: Sequence[str]) -> None:
+    """Write the run's report and model card."""
+    gallery, distributions = _before_and_after(stage, evaluation) if evaluation and evaluation.policy else ([], [])
+    write_report(
+        stage.run.report,
+        Report(
+            title=f"{stage.task.name}: {stage.name} on {stage.config.model}",
+            subtitle=_subtitle(stage, summary),
+            headline=_headline(stage, summary),
+            facts=_facts(stage, summary),
+            curves=_curves(stage),
+            gallery=gallery,
+            distributions=distributions,
+            settings=_settings(stage),
+            notes=[*notes, *_remarks(evaluation)],
+        ),
+    )
+    if stage.name != "eval":
+        _card(stage, summary)
+
+
+def _subtitle(stage: Stage, summary: Mapping[str, Any]) -> str:
+    primary, metrics = stage.task.primary_metric, summary["metrics"]
+    if f"gain/{primary}" not in metrics:
+        return "One stage of a run."
+    low, high = summary["ci95"][f"gain/{primary}"]
+    verdict = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
+    return f"On held-out examples the policy is {verdict} its anchor."
+
+
+def _headline(stage: Stage, summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    primary, metrics, ci95 = stage.task.primary_metric, summary["metrics"], summary["ci95"]
+    rows: list[tuple[str, str, str]] = []
+    if f"gain/{primary}" in metrics:
+        low, high = ci95[f"gain/{primary}"]
+        rows.append(
+            (
+                f"Gain in {primary}",
+                f"{100 * metrics[f'gain/{primary}']:+.1f} points",
+                f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}, paired bootstrap",
+            )
+        )
+    for key, label in ((f"anchor/{primary}", "Anchor"), (f"policy/{primary}", "Policy")):
+        if key in metrics:
+            rows.append((label, f"{metrics[key]:.1%}", f"{primary}, greedy, {metrics['eval/examples']:,.0f} examples"))
+    for name in ("pair_accuracy", "label_accuracy"):
+        if f"reward_model/{name}" in metrics:
+            blank = metrics.get(f"reward_model/{name}_blank_images")
+            seen = "held out" if blank is None else f"held out; {blank:.1%} when the picture is blanked"
+            rows.append(("Reward model", f"{metrics[f'reward_model/{name}']:.1%}", f"{name.replace('_', ' ')}, {seen}"))
+    if "policy/kl" in metrics:
+        rows.append(("KL to the anchor", f"{metrics['policy/kl']:.3f} nats", "a response, exact over the vocabulary"))
+    return rows
+
+
+def _facts(stage: Stage, summary: Mapping[str, Any]) -> dict[str, str]:
+    facts = {
+        "Task": stage.task.name,
+        "Model": f"{stage.config.model} ({summary['parameters']['total']:,} parameters)",
+        "Tuning": stage.config.tuning,
+        "Seed": str(stage.config.seed),
+        "Device": f"{stage.device}, base in {str(stage.roles.backbone.model.dtype).removeprefix('torch.')}",
+        "Duration": f"{summary['seconds']:.0f} s",
+        "Peak memory": f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB (whole process)",
+    }
+    for role in summary["parameters"]["trainable"]:
+        facts[f"Trainable: {role}"] = stage.roles.describe(role).split(": ", 1)[1]
+    return facts
+
+
+def _curves(stage: Stage) -> list[Curve]:
+    logs = [stage.run.metrics] if stage.name != "run" else sorted(stage.run.path.glob("*/metrics.jsonl"))
+    lines = [line for path in logs for line in read_log(path)]
+    curves = []
+    for name, title, keys, note in CURVES:
+        series = {}
+        for key, legend in keys.items():
+            key, legend = (text.replace("{primary}", stage.task.primary_metric) for text in (key, legend))
+            points = [(line["step"], line[key]) for line in lines if line["stage"] == name and line.get(key) is not None]
+            if points:
+                series[legend] = points
+        if series:
+            curves.append(Curve(title, "round" if name == "ppo" else "step", series, note))
+    return curves
+
+
+def _before_and_after(stage: Stage, evaluation: Evaluation) -> tuple[list[GalleryItem], list[Distribution]]:
+    examples, anchor, policy = evaluation.examples[:SCORED], evaluation.anchor, evaluation.policy
+    role = next((name for name in ("reward", "untrained") if name in stage.roles), None)
+    before = _scores(stage, role, examples, anchor) if role else None
+    after = _scores(stage, role, examples, policy) if role else None
+    primary = stage.task.primary_metric
+    items = []
+    for place in _choose(examples, anchor, policy, primary):
+        example = examples[place]
+        items.append(
+            GalleryItem(
+                image_png=to_png_bytes(example.images[0].load()) if example.images else None,
+                prompt=example.messages[-1].text,
+                reference=example.reference,
+                before=anchor[place].response,
+                after=policy[place].response,
+                before_right=anchor[place].judged[primary] >= 1.0,
+                after_right=policy[place].judged[primary] >= 1.0,
+                reward_before=before[place] if before else None,
+                reward_after=after[place] if after else None,
+            )
+        )
+    distributions = [
+        Distribution(
+            "Length of the answers",
+            {"anchor": [float(a.tokens) for a in anchor], "policy": [float(a.tokens) for a in policy]},
+            "In tokens, the end of the turn included.",
+        )
+    ]
+    if before and after:
+        note = f"Scores of the greedy answers to the first {len(examples)} examples."
+        distributions.insert(0, Distribution("Learned reward", {"anchor": before, "policy": after}, note))
+    return items, distributions
+
+
+def _choose(examples: Sequence[Example], anchor: Sequence[Answer], policy: Sequence[Answer], primary: str) -> list[int]:
+    """Places in order of appearance: half of the gallery gained, a quarter lost, a quarter changed nothing. What is
+    shown is no measure of how often it happens; the headline is."""
+    kinds: dict[str, list[int]] = {"gained": [], "lost": [], "same": []}
+    for place in range(len(examples)):
+        change = policy[place].judged[primary] - anchor[place].judged[primary]
+        kinds["gained" if change > 0 else "lost" if change < 0 else "same"].append(place)
+    return [*kinds["gained"][: GALLERY // 2], *kinds["lost"][: GALLERY // 4], *kinds["same"][: GALLERY // 4]]
+
+
+@torch.no_grad()
+def _scores(stage: Stage, role: str, examples: Sequence[Example], answers: Sequence[Answer]) -> list[float]:
+    scores: list[float] = []
+    size = stage.config.eval.batch_size
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        texts = [answer.response for answer in answers[start : start + len(part)]]
+        sequences = to_device(stage.collator.responses(part, texts), stage.device)
+        scores += stage.roles.scores(role, sequences).tolist()
+    return scores
+
+
+def _settings(stage: Stage) -> dict[str, Any]:
+    return dict(yaml.safe_load(stage.run.config.read_text(encoding="utf-8")))
+
+
+def _remarks(evaluation: Evaluation | None) -> list[str]:
+    if evaluation is None or not evaluation.policy:
+        return []
+    return [
+        "The gallery shows the first answers that became right, became wrong and stayed as they were, in the order of "
+        "the evaluation set; it is no measure of how often each happens."
+    ]
+
+
+def _card(stage: Stage, summary: Mapping[str, Any]) -> None:
+    config = stage.config
+    inner = "ppo/" if stage.name == "run" else ""
+    auto = "AutoModelForImageTextToText" if stage.roles.backbone.sees_images else "AutoModelForCausalLM"
+    load = f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+    base = "<perl_vlm package>/models/tiny" if config.model == "tiny" else config.model
+    load += f"base = {auto}.from_pretrained({base!r})\n"
+    if "sft" in stage.roles.adapters.names and stage.name != "sft":
+        load += (
+            "# trained on top of a supervised adapter, which must be active too\n"
+            "model = PeftModel.from_pretrained(base, '<sft run>/adapter', adapter_name='sft')\n"
+            f"model.load_adapter('{inner}adapter', adapter_name='{stage.name}')\n"
+            f"model.base_model.set_adapter(['sft', '{stage.name}'])\n"
+        )
+    else:
+        load += f"model = PeftModel.from_pretrained(base, '{inner}adapter')\n"
+    if stage.name == "rm":
+        load += "# the reward is head.safetensors: hidden . weight + bias at the response's last token\n"
+    write_model_card(
+        stage.run.readme,
+        title=f"{stage.task.name} {stage.name} adapter for {config.model}",
+        base_model=config.model,
+        base_revision=stage.roles.backbone.revision,
+        stage=stage.name,
+        task=stage.task.name,
+        license=None,
+        metrics=summary["metrics"],
+        ci95={key: (low, high) for key, (low, high) in summary["ci95"].items()},
+        parameters=summary["parameters"],
+        command=shlex.join(["perl-vlm", *sys.argv[1:]]),
+        versions={name: version(name) for name in PACKAGES},
+        how_to_load=load,
+        limits=_limits(stage),
+        settings=_settings(stage),
+        pipeline_tag="image-text-to-text" if stage.roles.backbone.sees_images else "text-generation",
+    )
+
+
+def _limits(stage: Stage) -> list[str]:
+    limits = [
+        "A reward model measures what its preferences say, on prompts like theirs; elsewhere it is a guess.",
+        "Measured on one task and one seed. Reinforcement learning changes what the model prefers to say; it teaches no "
+        "new perception or knowledge.",
+    ]
+    if stage.config.model == "tiny":
+        limits.append("The bundled base has seen drawings of coloured shapes only. It is for trying the method out.")
+    if stage.config.ppo.reward_model == "untrained":
+        limits.append("Its reward head was never trained: this run is a control.")
+    return limits

@@ -1,0 +1,185 @@
+"""What every training loop needs around it: data order, checkpoints, guards, and where things are written."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from perl_vlm.config import RunConfig
+from perl_vlm.data.collate import Collator
+from perl_vlm.data.render import Renderer
+from perl_vlm.errors import PerlVlmError
+from perl_vlm.models.roles import Roles
+from perl_vlm.task import Task
+from perl_vlm.train.checkpoint import load_latest, save_checkpoint
+from perl_vlm.train.log import MetricLog, SampleLog, say
+from perl_vlm.train.optimize import Optimizer
+from perl_vlm.train.rundir import RunDir
+from perl_vlm.train.signals import StopOnSignal
+from perl_vlm.train.state import optimizer_state, restore_optimizer, restore_rng, rng_state
+from perl_vlm.train.validate import usable_records
+from perl_vlm.types import Comparison, Example, Rating, Split
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run, ready to train."""
+
+    name: str
+    """``sft``, ``rm``, ``ppo`` or ``eval``."""
+    task: Task
+    config: RunConfig
+    roles: Roles
+    renderer: Renderer
+    collator: Collator
+    run: RunDir
+    stop: StopOnSignal
+    seen: dict[tuple[str, Split], Sequence[Any]] = field(default_factory=dict)
+    """Records that were looked at already, shared by the stages of a run."""
+    notes: list[str] = field(default_factory=list)
+    """What the report should say in words; filled as the stage goes."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.roles.backbone.device
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        """The task's usable examples of a split. Raises PerlVlmError where there are none."""
+        return self._usable("examples", split, self.task.examples)
+
+    def preferences(self, split: Split) -> Sequence[Comparison] | Sequence[Rating]:
+        """The task's usable preferences of a split; none at all is an error for ``train`` alone."""
+        return self._usable("preferences", split, self.task.preferences)
+
+    def _usable(self, what: str, split: Split, source: Callable[[Split], Sequence[Any]]) -> Sequence[Any]:
+        if (what, split) not in self.seen:
+            skip = getattr(self.task.config, "on_bad_record", "error") == "skip"
+            kept, notes = usable_records(source(split), self.renderer, f"{split} {what}", skip=skip)
+            for note in notes:
+                self.warn(note)
+            self.seen[what, split] = kept
+        records = self.seen[what, split]
+        if not len(records) and (what == "examples" or split == "train"):
+            raise PerlVlmError(
+                f"task {self.task.name} has no {split} {what} for the {self.name} stage. Check --task.source and "
+                f"--task.path; `perl-vlm {self.task.name} data --preview 8` shows what it finds"
+            )
+        return records
+
+    def begin(self) -> None:
+        """Seed every generator from the run's seed and the stage's name, so that no stage depends on what ran before
+        it in the same process."""
+        set_seed(self.config.seed * 1009 + sum(map(ord, self.name)))
+
+    def warn(self, text: str) -> None:
+        """Say it once, on the terminal and in the report."""
+        if text not in self.notes:
+            self.notes.append(text)
+            print(f"perl-vlm: warning: {text}", file=sys.stderr, flush=True)
+
+
+class DataOrder:
+    """Which records each step uses: a fresh permutation for every epoch, a pure function of seed and step.
+
+    Args:
+        size: number of records, at least 1.
+        batch_size: records a step; a batch may span two epochs, so none is dropped or doubled.
+        seed: anything printable.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: str) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self._epochs: dict[int, list[int]] = {}
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the records of 0-based ``step``."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self._epoch(place // self.size)[place % self.size] for place in places]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        if epoch not in self._epochs:
+            order = list(range(self.size))
+            random.Random(f"{self.seed}-{epoch}").shuffle(order)
+            # One batch touches two neighbouring epochs at most, unless the set is smaller than a batch.
+            self._epochs = {key: value for key, value in self._epochs.items() if key >= epoch - 1}
+            self._epochs[epoch] = order
+        return self._epochs[epoch]
+
+
+def first(records: Sequence[Record], count: int) -> list[Record]:
+    """The first ``count`` records, or all where there are fewer."""
+    return [records[place] for place in range(min(count, len(records)))]
+
+
+def micro_batches(records: Sequence[Record], parts: int) -> list[Sequence[Record]]:
+    """Cut into ``parts`` runs of equal length (``parts`` divides the length)."""
+    size = len(records) // parts
+    return [records[start : start + size] for start in range(0, len(records), size)]
+
+
+class Keeper:
+    """Saves and restores all that a stage's future depends on: weights, optimizer, random generators, step."""
+
+    def __init__(self, stage: Stage, optimizer: Optimizer, trained: Sequence[str]) -> None:
+        self.stage, self.optimizer, self.trained = stage, optimizer, trained
+        self.logs: tuple[MetricLog | SampleLog, ...] = ()
+
+    def save(self, step: int, controllers: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of the state after ``step`` steps; the logs reach the disk first, so that none of their
+        lines is missing when the run goes on from here."""
+        for log in self.logs:
+            log.sync()
+        optimizer_tensors, optimizer_record = optimizer_state(self.optimizer.torch, self.optimizer.named)
+        rng_tensors, rng_record = rng_state()
+        tensors = {"optimizer": optimizer_tensors, "rng": rng_tensors}
+        tensors |= {f"role-{name}": self.stage.roles.state(name) for name in self.trained}
+        position = {"step": step, "stage": self.stage.name, "controllers": controllers or {}}
+        records = {"optimizer": optimizer_record, "rng": rng_record, "position": position}
+        save_checkpoint(self.stage.run.checkpoints, step, tensors, records)
+
+    def resume(self) -> int:
+        """Restore the latest good checkpoint where the run was asked to resume; the number of steps done."""
+        if not self.stage.config.resume:
+            return 0
+        found = load_latest(self.stage.run.checkpoints, warn=self.stage.warn)
+        if found is None:
+            return 0
+        for name in self.trained:
+            self.stage.roles.load_state(name, dict(found.tensors[f"role-{name}"]))
+        restore_optimizer(
+            self.optimizer.torch, self.optimizer.named, found.tensors["optimizer"], found.records["optimizer"]
+        )
+        restore_rng(found.tensors["rng"], found.records["rng"])
+        self.optimizer.step_count = _optimizer_steps(found.records["position"], self.stage)
+        say(f"{self.stage.name}: resumed after step {found.step} from {found.path.name}")
+        return int(found.step)
+
+    def stop_if_asked(self, step: int) -> None:
+        """After a step: where a signal asked for an end, save and raise ``Stopped``."""
+        if self.stage.stop.requested:
+            self.save(step)
+            self.stage.stop.raise_if_requested()
+
+
+def _optimizer_steps(position: dict[str, Any], stage: Stage) -> int:
+    per_round = stage.config.ppo.epochs * stage.config.ppo.minibatches if stage.name == "ppo" else 1
+    return int(position["step"]) * per_round
+
+
+def require_finite(value: Tensor, what: str, ids: Sequence[str], step: int) -> None:
+    """Stop before a NaN reaches a weight, naming the records of the batch."""
+    if not bool(torch.isfinite(value).all()):
+        raise PerlVlmError(
+            f"{what} is not finite at step {step}; nothing was changed by it. Records of the batch: "
+            f"{', '.join(ids[:16])}{' ...' if len(ids) > 16 else ''}. A lower learning rate or float32 is the usual cure; "
+            "continue from the last checkpoint with --resume"
+        )

@@ -1,0 +1,67 @@
+"""Look at records before anything trains on them: what can be known of a record then is reported then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from perl_vlm.data.render import Renderer
+from perl_vlm.errors import BadRecord, PerlVlmError
+from perl_vlm.types import Comparison, Example, Rating
+
+Record = TypeVar("Record", Example, Comparison, Rating)
+
+RENDERED = 64
+"""How many records are rendered whole, pictures included: the first ones and the longest ones."""
+SHOWN = 5
+
+
+def usable_records(
+    records: Sequence[Record], renderer: Renderer, what: str, *, skip: bool
+) -> tuple[Sequence[Record], list[str]]:
+    """The records that can be rendered within the limits, and a note about those left out.
+
+    Of records read from somewhere (a list) every response is measured, and the first and the longest prompts are
+    rendered whole; of records made on access only the first are looked at. Whether pictures open is the task's to say.
+
+    Args:
+        skip: leave bad records out and count them, rather than raise.
+
+    Raises PerlVlmError naming the first bad records, unless ``skip``.
+    """
+    listed = isinstance(records, list)
+    places = range(len(records) if listed else min(RENDERED, len(records)))
+    longest = sorted(places, key=lambda place: -_prompt_length(records[place]))[:RENDERED] if listed else []
+    rendered = {*range(min(RENDERED, len(records))), *longest}
+    problems: dict[int, BadRecord] = {}
+    for place in places:
+        record = records[place]
+        try:
+            for response in _responses(record):
+                # A token is at least a byte, so a short text needs no counting.
+                if len(response.encode()) >= renderer.max_response_tokens - 8:
+                    renderer.response_ids(response, record.origin or record.id)
+            if place in rendered:
+                renderer.prompts([record])
+        except BadRecord as problem:
+            problems[place] = problem
+    if not problems:
+        return records, []
+    named = "; ".join(str(problem) for problem in list(problems.values())[:SHOWN])
+    named += f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    if not skip or not listed:
+        raise PerlVlmError(f"{len(problems)} of {len(records)} {what} cannot be used. {named}")
+    kept = [record for place, record in enumerate(records) if place not in problems]
+    return kept, [f"{len(problems)} of {len(records)} {what} were skipped: {named}"]
+
+
+def _prompt_length(record: Example | Comparison | Rating) -> int:
+    return sum(len(message.text) for message in record.messages)
+
+
+def _responses(record: Example | Comparison | Rating) -> tuple[str, ...]:
+    if isinstance(record, Comparison):
+        return record.chosen, record.rejected
+    if isinstance(record, Rating):
+        return (record.response,)
+    return (record.reference,) if record.reference else ()
