@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from PIL import Image
 
 from perl_vlm.task import Task
 from perl_vlm.types import SPLITS, Comparison, Example, ImageSlot, Rating, Split
 
-Record = TypeVar("Record")
-
-_COMPARED = 2000
-"""Records of each split whose ids and prompts are compared; their pictures are not decoded."""
+_COMPARED = 8
+"""For every record looked at in full, as many have their ids and prompts compared, their pictures not decoded."""
 
 
 def check_task(task: Task, *, samples: int = 64, splits: Sequence[Split] = SPLITS) -> None:
@@ -36,27 +35,30 @@ def check_task(task: Task, *, samples: int = 64, splits: Sequence[Split] = SPLIT
 
     Args:
         task: the task, configured so that its data can be read.
-        samples: how many records of each split, evenly spaced, are looked at in full.
+        samples: how many records of each split, evenly spaced, are looked at in full. Of the first eight times as
+            many, ids and prompts are compared.
         splits: the splits that the task has.
 
     Raises:
         AssertionError: what is wrong, where, and how to mend it.
     """
     _check_class(task)
-    examples: dict[Split, Sequence[Example]] = {}
-    preferences: dict[Split, Sequence[Comparison] | Sequence[Rating]] = {}
+    ids: dict[Split, dict[Hashable, str]] = {}
+    prompts: dict[Split, dict[Hashable, str]] = {}
+    pictures: dict[Split, dict[Hashable, str]] = {}
     for split in splits:
-        examples[split] = _load(task, "examples", split)
-        preferences[split] = _load(task, "preferences", split)
-        for example in _spaced(examples[split], samples):
-            _check_prompt(task, example)
+        examples, first_examples = _load(task, "examples", split, samples)
+        preferences, first_preferences = _load(task, "preferences", split, samples)
+        ids[split] = {record.id: record.id for record in first_examples}
+        pictures[split] = {}
+        for example in examples:
+            pictures[split].update(dict.fromkeys(_check_prompt(task, example), example.id))
             _check_reference(task, example)
-        for preference in _spaced(preferences[split], samples):
-            _check_prompt(task, preference)
+        for preference in preferences:
+            pictures[split].update(dict.fromkeys(_check_prompt(task, preference), preference.id))
             _check_preference(task, preference)
-        _check_stable(task, "examples", split, examples[split], samples)
-        _check_stable(task, "preferences", split, preferences[split], samples)
-    _check_apart(task, examples, preferences, samples)
+        prompts[split] = {_prompt_key(record): record.id for record in (*first_examples, *first_preferences)}
+    _check_apart(task, {"id": ids, "prompt with its pictures": prompts, "picture": pictures})
 
 
 def _fail(task: Task, text: str) -> NoReturn:
@@ -79,7 +81,8 @@ def _check_class(task: Task) -> None:
     _require(task, frozen, "`Config` must be a dataclass with frozen=True; its fields become the --task.* flags")
 
 
-def _load(task: Task, what: str, split: Split) -> Any:
+def _load(task: Task, what: str, split: Split, samples: int) -> tuple[list[Any], list[Any]]:
+    """The records to look at in full, and the first ones, after a check of lengths and ids."""
     records = getattr(task, what)(split)
     _require(
         task,
@@ -87,9 +90,10 @@ def _load(task: Task, what: str, split: Split) -> Any:
         f"{what}({split!r}) returned {type(records).__name__}; return a sequence, which may make its items on demand",
     )
     _require(task, len(records) > 0, f"{what}({split!r}) is empty; every split needs records")
-    ids = [record.id for record in _first(records)]
+    first = [records[i] for i in range(min(len(records), samples * _COMPARED))]
     seen: set[str] = set()
-    for position, key in enumerate(ids):
+    for position, record in enumerate(first):
+        key = record.id
         _require(
             task,
             isinstance(key, str) and key,
@@ -97,27 +101,24 @@ def _load(task: Task, what: str, split: Split) -> Any:
         )
         _require(task, key not in seen, f"{what}({split!r}) has the id {key!r} twice; ids are unique within a split")
         seen.add(key)
-    return records
+    spaced = _spaced(records, samples)
+    _check_stable(task, what, split, len(records), spaced)
+    return spaced, first
 
 
-def _first(records: Sequence[Record]) -> list[Record]:
-    return [records[i] for i in range(min(len(records), _COMPARED))]
-
-
-def _spaced(records: Sequence[Record], samples: int) -> list[Record]:
+def _spaced(records: Sequence[Any], samples: int) -> list[Any]:
     count = min(samples, len(records))
     return [records[i * len(records) // count] for i in range(count)]
 
 
-def _check_stable(task: Task, what: str, split: Split, records: Sequence[Any], samples: int) -> None:
+def _check_stable(task: Task, what: str, split: Split, length: int, spaced: Sequence[Any]) -> None:
     """A second task of the same configuration has the same records in the same order."""
     again = getattr(type(task)(task.config), what)(split)
-    _require(task, len(again) == len(records), f"{what}({split!r}) changed its length from one load to the next")
-    for old, new in zip(_spaced(records, samples), _spaced(again, samples), strict=True):
-        same = old.id == new.id and _words(old) == _words(new)
+    _require(task, len(again) == length, f"{what}({split!r}) changed its length from one load to the next")
+    for old, new in zip(spaced, _spaced(again, len(spaced)), strict=True):
         _require(
             task,
-            same,
+            old.id == new.id and _words(old) == _words(new),
             f"{what}({split!r}) gave {old.id!r} ({_words(old)!r:.200}) and, loaded again, {new.id!r} "
             f"({_words(new)!r:.200}). Draw from random.Random of a fixed text, and avoid sets and hash()",
         )
@@ -127,7 +128,8 @@ def _words(record: Any) -> tuple[Hashable, ...]:
     return (record.messages, *(getattr(record, name, None) for name in ("reference", "chosen", "rejected", "response")))
 
 
-def _check_prompt(task: Task, record: Example | Comparison | Rating) -> None:
+def _check_prompt(task: Task, record: Example | Comparison | Rating) -> list[str]:
+    """Check messages and pictures; returns a digest of each picture."""
     place = f"record {record.id!r}"
     _require(task, record.messages, f"{place} has no messages")
     roles = [message.role for message in record.messages]
@@ -141,6 +143,7 @@ def _check_prompt(task: Task, record: Example | Comparison | Rating) -> None:
         _require(task, not record.images, f'{place} has images, but `modality` is "text"; make it "image+text"')
     has_text = any(message.text.strip() for message in record.messages)
     _require(task, has_text or count, f"{place} has neither text nor images in its prompt")
+    digests = []
     for position, image in enumerate(record.images):
         picture = _open(task, image, f"image {position} of {place}")
         _require(
@@ -149,6 +152,8 @@ def _check_prompt(task: Task, record: Example | Comparison | Rating) -> None:
             f"image {position} of {place} loads as {getattr(picture, 'mode', type(picture).__name__)}; "
             "load() returns a PIL image in RGB",
         )
+        digests.append(_digest(picture))
+    return digests
 
 
 def _open(task: Task, image: Any, place: str) -> Image.Image:
@@ -220,34 +225,18 @@ def _check_lower(
     )
 
 
-def _check_apart(
-    task: Task,
-    examples: dict[Split, Sequence[Example]],
-    preferences: dict[Split, Sequence[Comparison] | Sequence[Rating]],
-    samples: int,
-) -> None:
-    """No id, prompt or picture of one split is in another."""
-    kinds: list[tuple[str, dict[Split, dict[Hashable, str]]]] = []
-    kinds.append(("id", {split: {r.id: r.id for r in _first(examples[split])} for split in examples}))
-    both = {split: [*_first(examples[split]), *_first(preferences[split])] for split in examples}
-    prompts = {split: {_prompt_key(r): r.id for r in records} for split, records in both.items()}
-    kinds.append(("prompt with its pictures", prompts))
-    pictures: dict[Split, dict[Hashable, str]] = {split: {} for split in examples}
-    for split in examples:
-        for record in (*_spaced(examples[split], samples), *_spaced(preferences[split], samples)):
-            pictures[split].update({_digest(image.load()): record.id for image in record.images})
-    kinds.append(("picture", pictures))
-    for name, keys in kinds:
-        for one in keys:
-            for other in keys:
-                shared = keys[one].keys() & keys[other].keys() if one < other else set()
-                if shared:
-                    key = min(shared, key=str)
-                    _fail(
-                        task,
-                        f"{one} and {other} share {len(shared)} of the {name}s looked at, such as that of "
-                        f"{keys[one][key]!r} and {keys[other][key]!r}; what is tested on must not be trained on",
-                    )
+def _check_apart(task: Task, kinds: Mapping[str, Mapping[Split, Mapping[Hashable, str]]]) -> None:
+    """No id, prompt or picture of one split is in another; each mapping leads from a key to the id of its record."""
+    for name, keys in kinds.items():
+        for one, other in itertools.combinations(keys, 2):
+            shared = keys[one].keys() & keys[other].keys()
+            if shared:
+                key = min(shared, key=repr)
+                _fail(
+                    task,
+                    f"{one} and {other} share {len(shared)} of the {name}s looked at, such as that of "
+                    f"{keys[one][key]!r} and {keys[other][key]!r}; what is tested on must not be trained on",
+                )
 
 
 def _prompt_key(record: Example | Comparison | Rating) -> Hashable:

@@ -12,7 +12,7 @@ begins, and the verdict. Judging is what makes the model a usable base for a rew
 at that same position.
 
 * The first four fifths are pretraining, on the truth: captions that list every object and its place (most of the
-  first quarter, then now and then), right answers, right verdicts.
+  first fifth, then now and then), right answers, right verdicts.
 * The last fifth is supervised fine-tuning by a *biased* annotator (``perl_vlm_vqa.scenes.biased_answer``): objects
   imagined, a liking for yes, one too many when counting. Verdicts stay true: somebody else gives them.
 
@@ -285,7 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -314,7 +314,7 @@ def main() -> None:
     for step in range(1, args.steps + 1):
         done = step / args.steps
         # Captions teach seeing fastest; questions need more turns once there is sight.
-        captions, questions = (1.0, 2) if done < 0.25 else (0.1, 5)
+        captions, questions = (1.0, 3) if done < 0.2 else (0.1, 5)
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(model, packer.batch(args.batch_size, captions, questions, biased=done > PRETRAINING))
         optimizer.zero_grad(set_to_none=True)

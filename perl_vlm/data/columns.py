@@ -238,7 +238,7 @@ def _split_strings(chosen: str, rejected: str, origin: str) -> tuple[tuple[Messa
 
 def _images(row: Row, origin: str, root: str | Path | None) -> tuple[ImageSource, ...]:
     several, one = row.get("images"), row.get("image")
-    if several is not None and one is not None:
+    if several and one is not None:
         raise BadRecord(origin, "both `image` and `images` are filled", "Keep one of the two columns")
     if one is not None:
         return (as_image_source(one, root=root, origin=origin),)

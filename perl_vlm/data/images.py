@@ -120,6 +120,17 @@ class ZipMember:
             raise BadRecord(name, f"the archive cannot be read ({error})", "Copy or make the archive again") from error
 
 
+@dataclass(frozen=True)
+class BlankImage:
+    """Another picture's size in even gray: what a model that looks at pictures must not be able to answer from."""
+
+    of: ImageSource
+
+    def load(self) -> Image.Image:
+        """A gray picture as large as the one it stands for."""
+        return Image.new("RGB", self.of.load().size, (128, 128, 128))
+
+
 @lru_cache(maxsize=8)
 def _open_archive(path: str, pid: int, mtime_ns: int, size: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)

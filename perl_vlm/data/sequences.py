@@ -113,7 +113,7 @@ def _take_extras(sequences: Sequences, rows: list[int]) -> dict[str, Tensor]:
             sizes = grid.prod(dim=1).tolist()
             patches = list(value.split(sizes))
             taken[key] = torch.cat([patches[image] for image in images]) if images else value[:0]
-        elif grid is None and key in ("pixel_values", "pixel_attention_mask") and _row_per_sequence(value, batch, counts):
+        elif grid is None and key.startswith("pixel_") and _row_per_sequence(value, batch, counts):
             taken[key] = value[torch.as_tensor(rows, device=value.device)]
         elif value.shape[0] == sum(counts):
             taken[key] = value[torch.as_tensor(images, dtype=torch.long, device=value.device)]

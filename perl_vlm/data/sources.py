@@ -6,18 +6,15 @@ The splits of data that does not name all of them: see ``splits``.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
 import os
-import random
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar
 
 from perl_vlm.data.splits import Openers, choose, plan, split_named
-from perl_vlm.data.tables import SUFFIXES, ArrowTable, CellImage, Chain, Table, has_suffix, open_table
+from perl_vlm.data.tables import SUFFIXES, ArrowTable, Chain, Table, has_suffix, open_table
 from perl_vlm.errors import BadRecord, PerlVlmError
 from perl_vlm.types import Split
 

@@ -55,6 +55,16 @@ def as_mask(mask: Tensor) -> Tensor:
     return mask.bool()
 
 
+def keep(x: Tensor, mask: Tensor) -> Tensor:
+    """``upcast(x)`` where the mask is true, 0 elsewhere.
+
+    Padding is selected away, never multiplied by zero, so that an infinity or NaN standing there reaches no result;
+    applied to inputs, before anything is computed of them, it keeps them out of gradients too.
+    """
+    x = upcast(x)
+    return torch.where(as_mask(mask), x, torch.zeros_like(x))
+
+
 def check_right_padded(mask: Tensor) -> None:
     """Raises ValueError naming the rows of a bool mask [B, R] in which a real token follows padding."""
     rows = (mask[:, 1:] & ~mask[:, :-1]).any(dim=1).nonzero()[:, 0].tolist()

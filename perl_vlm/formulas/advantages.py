@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perl_vlm.formulas._checks import as_mask, check_right_padded, check_shapes, upcast
+from perl_vlm.formulas._checks import as_mask, check_right_padded, check_shapes, keep, upcast
 from perl_vlm.formulas.masking import last_valid, masked_var
 
 
@@ -35,9 +35,8 @@ def token_rewards(scores: Tensor, penalty: Tensor, mask: Tensor, *, kl_coef: flo
     check_shapes(scores=(scores, "B"), penalty=(penalty, "BR"), mask=(mask, "BR"))
     if not kl_coef >= 0:
         raise ValueError(f"kl_coef is {kl_coef}; it must be 0 or more")
-    real, last = as_mask(mask), last_valid(mask)
-    penalty = upcast(penalty)
-    rewards = torch.where(real, -kl_coef * penalty, torch.zeros_like(penalty))
+    last = last_valid(mask)
+    rewards = -kl_coef * keep(penalty, mask)
     return rewards.scatter_add(1, last[:, None], scores.to(rewards.dtype)[:, None])
 
 
@@ -63,15 +62,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
         ValueError: where the shapes differ, a real token follows padding, or gamma or lambda lies outside [0, 1].
 
     Source: Schulman et al., "High-dimensional continuous control using generalized advantage estimation", 1506.02438,
-    equations 11, 12 and 16.
+    equation 16.
     """
     check_shapes(rewards=(rewards, "BR"), values=(values, "BR"), mask=(mask, "BR"))
     _check_fraction(gamma=gamma, lam=lam)
-    rewards, values, real = _inside(rewards, mask), _inside(values, mask), as_mask(mask)
+    check_right_padded(as_mask(mask))
+    rewards, values = keep(rewards, mask), keep(values, mask)
     nothing = torch.zeros_like(values[:, :1])
     deltas = rewards + gamma * torch.cat([values[:, 1:], nothing], dim=1) - values
     advantages = _discounted_sums(deltas, gamma * lam)
-    return torch.where(real, advantages, torch.zeros_like(advantages)), advantages + values
+    return advantages, advantages + values
 
 
 def returns_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
@@ -92,7 +92,8 @@ def returns_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
     """
     check_shapes(rewards=(rewards, "BR"), mask=(mask, "BR"))
     _check_fraction(gamma=gamma)
-    return _discounted_sums(_inside(rewards, mask), gamma)
+    check_right_padded(as_mask(mask))
+    return _discounted_sums(keep(rewards, mask), gamma)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """
     check_shapes(values=(values, "BR"), returns=(returns, "BR"), mask=(mask, "BR"))
     returns = upcast(returns)
-    total, rest = masked_var(returns, mask), masked_var(returns - upcast(values), mask)
+    total, rest = masked_var(returns, mask), masked_var(returns - keep(values, mask), mask)
     kept = returns[as_mask(mask)]
     # Rounding of the mean gives equal returns a variance just above 0, so equality is asked for itself.
     explainable = (kept.max() > kept.min()) & (total > 0)
@@ -125,18 +126,13 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 def _discounted_sums(x: Tensor, discount: float) -> Tensor:
     """y_t = x_t + discount y_{t+1}, from the right."""
-    running, columns = torch.zeros_like(x[:, 0]) if x.shape[1] else x.new_zeros(x.shape[0]), []
+    if x.shape[1] == 0:
+        return x
+    running, columns = x.new_zeros(x.shape[0]), []
     for column in reversed(x.unbind(dim=1)):
         running = column + discount * running
         columns.append(running)
-    return torch.stack(columns[::-1], dim=1) if columns else x
-
-
-def _inside(x: Tensor, mask: Tensor) -> Tensor:
-    real = as_mask(mask)
-    check_right_padded(real)
-    x = upcast(x)
-    return torch.where(real, x, torch.zeros_like(x))
+    return torch.stack(columns[::-1], dim=1)
 
 
 def _check_fraction(**numbers: float) -> None:

@@ -32,8 +32,8 @@ def k1(logp: Tensor, logp_ref: Tensor) -> Tensor:
 
 
 def clamped_k1(logp: Tensor, logp_ref: Tensor) -> Tensor:
-    """``max(l - l0, 0)``. Never negative; no estimate of the KL: its mean is at least KL(pi || pi_ref), and above it
-    wherever pi differs from pi_ref on a token of pi.
+    """``max(l - l0, 0)``. Never negative; no estimate of the KL: its mean is above KL(pi || pi_ref) as soon as pi can
+    sample a token that pi_ref likes better.
 
     AlpacaFarm's and LLaVA-RLHF's default, there called the KL. It forgives what the reference likes better and pays
     nothing back for it, so that noise alone costs reward.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perl_vlm.formulas._checks import check_positive, check_shapes, upcast
+from perl_vlm.formulas._checks import check_positive, check_shapes, keep, upcast
 from perl_vlm.formulas.masking import masked_mean
 
 
@@ -77,7 +77,7 @@ def logprob_agreement(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     limit of 1.05.
     """
     check_shapes(a=(a, "BR"), b=(b, "BR"), mask=(mask, "BR"))
-    return masked_mean((upcast(a) - upcast(b)).abs().exp(), mask)
+    return masked_mean((keep(a, mask) - keep(b, mask)).abs().exp(), mask)
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:

@@ -1,8 +1,8 @@
 """Sums, means and whitening over the real tokens of a padded batch.
 
 Shape letters: B sequences, R response tokens. Masks are bool (or integer, nonzero = real) and come from lengths.
-Padding is selected away, never multiplied by zero, so that infinities and NaNs standing there reach neither a result
-nor a gradient. Results are float32 (float64 for float64 inputs).
+Whatever stands in the padding, NaN included, reaches neither a result nor a gradient. Results are float32 (float64 for
+float64 inputs).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perl_vlm.formulas._checks import as_mask, check_same_shape, check_shapes, upcast
+from perl_vlm.formulas._checks import as_mask, check_same_shape, check_shapes, keep
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -25,7 +25,7 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
         ValueError: where the shapes differ or the mask is floating-point.
     """
     check_same_shape(x=x, mask=mask)
-    kept = _select(x, as_mask(mask))
+    kept = keep(x, mask)
     return kept.sum() if dim is None else kept.sum(dim=dim)
 
 
@@ -53,7 +53,7 @@ def masked_var(x: Tensor, mask: Tensor, *, unbiased: bool = False) -> Tensor:
     """
     check_same_shape(x=x, mask=mask)
     count = _count(mask, at_least=2 if unbiased else 1)
-    squares = (upcast(x) - masked_mean(x, mask)) ** 2
+    squares = (keep(x, mask) - masked_mean(x, mask)) ** 2
     return masked_sum(squares, mask) / (count - 1 if unbiased else count)
 
 
@@ -80,8 +80,8 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, epsilon: 
     correction; rewards keep their mean, advantages do not).
     """
     mean, variance = masked_mean(x, mask), masked_var(x, mask)
-    whitened = (upcast(x) - mean) * torch.rsqrt(variance + epsilon)
-    return _select(whitened if shift_mean else whitened + mean, as_mask(mask))
+    whitened = (keep(x, mask) - mean) * torch.rsqrt(variance + epsilon)
+    return keep(whitened if shift_mean else whitened + mean, mask)
 
 
 def last_valid(mask: Tensor) -> Tensor:
@@ -110,11 +110,6 @@ def take_at(x: Tensor, index: Tensor) -> Tensor:
     if outside:
         raise ValueError(f"rows {outside} have an index outside [0, {x.shape[1]})")
     return x.gather(1, index[:, None])[:, 0]
-
-
-def _select(x: Tensor, real: Tensor) -> Tensor:
-    x = upcast(x)
-    return torch.where(real, x, torch.zeros_like(x))
 
 
 def _count(mask: Tensor, *, at_least: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perl_vlm.formulas._checks import as_mask, check_positive, check_shapes, upcast
+from perl_vlm.formulas._checks import check_positive, check_shapes, keep
 from perl_vlm.formulas.masking import masked_mean, masked_sum
 
 
@@ -52,9 +52,8 @@ def clipped_surrogate(
         logprobs=(logprobs, "BR"), old_logprobs=(old_logprobs, "BR"), advantages=(advantages, "BR"), mask=(mask, "BR")
     )
     check_positive(clip_range=clip_range)
-    log_ratio = upcast(logprobs) - upcast(old_logprobs).detach()
-    log_ratio = torch.where(as_mask(mask), log_ratio, torch.zeros_like(log_ratio))  # exp() of padding may overflow
-    ratio, advantages = log_ratio.exp(), upcast(advantages).detach()
+    log_ratio = keep(logprobs, mask) - keep(old_logprobs, mask).detach()
+    ratio, advantages = log_ratio.exp(), keep(advantages, mask).detach()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = _average(torch.maximum(plain, clipped), mask, denominator)
     with torch.no_grad():
@@ -98,9 +97,9 @@ def clipped_value_loss(
     """
     check_shapes(values=(values, "BR"), old_values=(old_values, "BR"), returns=(returns, "BR"), mask=(mask, "BR"))
     check_positive(clip_range=clip_range)
-    values, old, returns = upcast(values), upcast(old_values).detach(), upcast(returns).detach()
-    kept_near = torch.minimum(torch.maximum(values, old - clip_range), old + clip_range)
-    plain, clipped = (values - returns) ** 2, (kept_near - returns) ** 2
+    values, old, returns = keep(values, mask), keep(old_values, mask).detach(), keep(returns, mask).detach()
+    near = values.clamp(old - clip_range, old + clip_range)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
     loss = 0.5 * _average(torch.maximum(plain, clipped), mask, denominator)
     with torch.no_grad():
         fraction = _average(clipped > plain, mask, denominator)
@@ -110,5 +109,7 @@ def clipped_value_loss(
 def _average(x: Tensor, mask: Tensor, denominator: Tensor | float | None) -> Tensor:
     if denominator is None:
         return masked_mean(x, mask)
+    if isinstance(denominator, Tensor) and denominator.numel() != 1:
+        raise ValueError(f"the denominator is a tensor of shape {tuple(denominator.shape)}; it must be one number")
     check_positive(denominator=float(denominator))
     return masked_sum(x, mask) / denominator

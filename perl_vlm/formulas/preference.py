@@ -51,8 +51,8 @@ def bradley_terry(
 def label_bce(scores: Tensor, labels: Tensor, *, positive_weight: float = 1.0) -> Tensor:
     """``-mean [w p log sigma(r) + (1 - p) log(1 - sigma(r))]``, the binary cross-entropy of a probability sigma(r).
 
-    PE-RLHF prints the second term as ``(1 - p) log sigma(1 - r)``-like, without the outer ``1 -``; it must be
-    ``log(1 - sigma(r)) = log sigma(-r)``, or a bad response would be pushed towards a wrong target.
+    The formula printed in PE-RLHF has a slip in its second term; ``log(1 - sigma(r)) = log sigma(-r)`` is what makes
+    this the likelihood of a bad label.
 
     Args:
         scores: [B] r, logits.

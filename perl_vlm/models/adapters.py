@@ -7,6 +7,7 @@ the reward model would drift with every switch.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,13 @@ class Adapters:
     def _attach(self, name: str, config: PeftLoraConfig) -> None:
         if name in self.names:
             raise PerlVlmError(f"an adapter named {name} is attached already")
-        if self._peft is None:
-            self._peft = PeftModel(self.model, config, adapter_name=name)
-        else:
-            self._peft.add_adapter(name, config)
+        with warnings.catch_warnings():
+            # peft asks transformers by a name that transformers is about to drop; nothing a user could act on.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            if self._peft is None:
+                self._peft = PeftModel(self.model, config, adapter_name=name)
+            else:
+                self._peft.add_adapter(name, config)
         self._active = None
         self.activate(())
 
@@ -129,7 +133,7 @@ class Adapters:
         self.load_state(target, self.state(source))
 
     def save(self, name: str, folder: Path, *, base: str, revision: str | None) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors``, which ``PeftModel.from_pretrained`` reads."""
+        """Write the two files that ``PeftModel.from_pretrained`` reads, the config naming the base it belongs to."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.state(name), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = self._require(name).peft_config[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import (
     GenerationConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from perl_vlm.errors import PerlVlmError
 
@@ -99,6 +101,8 @@ def load_backbone(
     nor reachable on the hub, and where the model wants code of its own and was not allowed to run it.
     """
     path = _locate(name)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     where = resolve_device(device)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
@@ -165,7 +169,8 @@ def _explain(name: str, path: str, error: Exception) -> PerlVlmError:
     if Path(path).is_dir():
         return PerlVlmError(f"--model {name} cannot be loaded from its folder: {text.strip().splitlines()[0]}")
     if "safetensors" in text:
-        return PerlVlmError(f"--model {name} has no weights in safetensors, the only format read: {text.splitlines()[0]}")
+        reason = text.strip().splitlines()[0]
+        return PerlVlmError(f"--model {name} has no weights in safetensors, the only format read: {reason}")
     return PerlVlmError(
         f"--model {name} is no local folder, and the hub did not give it ({text.strip().splitlines()[0]}). Without "
         "network, use --model tiny (bundled) or --model PATH with a folder written by save_pretrained or "

@@ -134,10 +134,7 @@ class Roles:
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """A role's own parameters, adapter (or copy) and head, by name, in a stable order."""
         role = self._role(name)
-        if self.tuning == "lora":
-            own = self.adapters.parameters(name)
-        else:
-            own = dict(role.model.named_parameters())
+        own = self.adapters.parameters(name) if self.tuning == "lora" else dict(role.model.named_parameters())
         if role.head is not None:
             own = {**own, **{f"head.{key}": value for key, value in role.head.named_parameters()}}
         return own

@@ -30,10 +30,13 @@ def tower_of(name: str) -> Tower:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Dotted names of every linear layer except the language-model head, in module order."""
+    """Dotted names of every linear layer except the language-model head, in module order, the same with and without
+    adapters attached (peft moves a wrapped layer to ``<name>.base_layer`` and puts its matrices beside it)."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [
-        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        name.removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and ".lora_" not in name
     ]
 
 

@@ -67,12 +67,11 @@ def decode(
     """
     backbone = roles.backbone
     recorder = _Recorder(backbone.eos_ids, 1.0 if greedy else temperature, min_new_tokens)
+    unfiltered = {} if greedy else {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=not greedy,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
+        **unfiltered,
         repetition_penalty=1.0,
         num_beams=1,
         eos_token_id=list(backbone.eos_ids),
@@ -82,7 +81,9 @@ def decode(
     with roles.acting(role) as model:
         inputs = model_inputs(model, backbone, prompts)
         inputs.pop("position_ids", None)  # generate() derives the same positions from the mask and advances them
-        produced = model.generate(**inputs, generation_config=settings, logits_processor=LogitsProcessorList([recorder]))
+        produced = model.generate(
+            **inputs, generation_config=settings, logits_processor=LogitsProcessorList([recorder])
+        )
     recorder.settle(produced[:, -1])
     width = prompts.input_ids.shape[1]
     drawn = produced[:, width:]

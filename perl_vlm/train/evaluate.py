@@ -122,9 +122,7 @@ def announce(stage: Stage, evaluation: Evaluation) -> None:
 
 
 def _means(role: str, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
-    means = {
-        f"{role}/{key}": sum(answer.judged[key] for answer in answers) / len(answers) for key in answers[0].judged
-    }
+    means = {f"{role}/{key}": sum(answer.judged[key] for answer in answers) / len(answers) for key in answers[0].judged}
     means[f"{role}/response_tokens"] = sum(answer.tokens for answer in answers) / len(answers)
     for kind in sorted({str(example.metadata["kind"]) for example in examples if "kind" in example.metadata}):
         own = [a for a, example in zip(answers, examples, strict=True) if example.metadata.get("kind") == kind]

@@ -71,7 +71,7 @@ def run_verb(verb: str, task: Task, config: RunConfig) -> int:
         session = open_session(task, config, stop)
         look_at_data(session.stage(verb, run), verb)
         stages = {"run": stages_of(config)}.get(verb, [verb])
-        _load_finished_sft(session, verb)
+        _load_finished(session, verb)
         metrics: dict[str, float] = {}
         ci95: dict[str, tuple[float, float]] = {}
         evaluation, notes = None, []
@@ -110,7 +110,7 @@ def look_at_data(stage: Stage, verb: str) -> None:
     sizes = {}
     if verb in ("sft", "ppo", "run"):
         sizes["training examples"] = len(stage.examples("train"))
-    if verb == "rm" or "rm" in stages_of(stage.config) and verb == "run":
+    if verb == "rm" or ("rm" in stages_of(stage.config) and verb == "run"):
         sizes["training preferences"] = len(stage.preferences("train"))
     if verb in ("eval", "run"):
         split = stage.config.eval.split
@@ -188,10 +188,8 @@ def open_session(task: Task, config: RunConfig, stop: StopOnSignal) -> Session:
             f"task {task.name} shows pictures, but --model {config.model} is a language model without a vision tower; "
             "choose an image-text-to-text model"
         )
-    say(
-        f"{config.model}: {backbone.parameter_count:,} parameters, {str(backbone.model.dtype).removeprefix('torch.')} on "
-        f"{backbone.device}"
-    )
+    dtype = str(backbone.model.dtype).removeprefix("torch.")
+    say(f"{config.model}: {backbone.parameter_count:,} parameters, {dtype} on {backbone.device}")
     renderer = Renderer(
         backbone, max_prompt_tokens=config.max_prompt_tokens, max_response_tokens=config.max_response_tokens
     )
@@ -232,15 +230,23 @@ def _trained_roles(stage: str) -> tuple[str, ...]:
     return {"sft": ("sft",), "rm": ("reward",), "ppo": ("policy", "value")}[stage]
 
 
-def _load_finished_sft(session: Session, verb: str) -> None:
-    folder = session.config.sft.adapter
-    if folder is None or verb == "sft":
-        return
-    nested = Path(folder) / "adapter"
-    session.roles.load("sft", nested if nested.is_dir() else Path(folder))
-    session.roles.stack_sft()
-    if verb == "eval" and session.config.eval.policy is None:
-        say("eval: no --eval.policy given, so the supervised anchor alone is evaluated")
+def _load_finished(session: Session, verb: str) -> None:
+    """Put in place what earlier runs trained: the supervised adapter, and for ``eval`` the policy."""
+    supervised, policy = session.config.sft.adapter, session.config.eval.policy
+    if supervised is not None and verb != "sft":
+        session.roles.load("sft", _adapter_folder(supervised))
+        session.roles.stack_sft()
+    if verb == "eval":
+        if policy is None:
+            say("eval: no --eval.policy is given, so the anchor alone is evaluated")
+        else:
+            session.roles.load("policy", _adapter_folder(policy))
+
+
+def _adapter_folder(given: str) -> Path:
+    """The adapter inside a run's folder, or the folder itself."""
+    nested = [Path(given) / "adapter", Path(given) / "ppo" / "adapter"]
+    return next((folder for folder in nested if folder.is_dir()), Path(given))
 
 
 def _reload(session: Session, name: str, run: RunDir) -> None:

@@ -16,7 +16,7 @@ from perl_vlm.data.sequences import take
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.formulas import clipped_surrogate, clipped_value_loss, explained_variance, masked_mean, masked_sum
 from perl_vlm.train.experience import Experience, make_experience, make_scorer, recompute, sequence_kl
-from perl_vlm.train.log import MetricLog, SampleLog, progress
+from perl_vlm.train.log import SampleLog, progress
 from perl_vlm.train.optimize import Optimizer, RoleRates, mean_metrics
 from perl_vlm.train.reward import normalise_reward
 from perl_vlm.train.stage import DataOrder, Keeper, Stage, require_finite
@@ -24,6 +24,7 @@ from perl_vlm.types import Example
 
 SAMPLES_A_ROUND = 4
 AGREEMENT_LIMIT = 1.05
+CRITIC_GRACE, CRITIC_LIMIT = 20, -1.0
 
 
 def train_ppo(stage: Stage) -> dict[str, float]:
@@ -50,7 +51,7 @@ def train_ppo(stage: Stage) -> dict[str, float]:
     keeper = Keeper(stage, optimizer, ["policy", "value"])
     start = keeper.resume()
     order = DataOrder(len(examples), config.batch_size, f"{stage.config.seed}-ppo")
-    log = MetricLog(stage.run.metrics, stage="ppo", start_step=start, tracker=stage.config.report_to)
+    log = stage.metric_log(start)
     samples = SampleLog(stage.run.samples, stage="ppo", start_step=start)
     keeper.logs = (log, samples)
     rows = config.batch_size // (config.minibatches * config.accumulate)
@@ -66,14 +67,17 @@ def train_ppo(stage: Stage) -> dict[str, float]:
             gold = [stage.task.evaluate(e, text) for e, text in zip(batch, experience.rollout.texts, strict=True)]
             primary = stage.task.primary_metric
             metrics[f"gold/{primary}"] = sum(judged[primary] for judged in gold) / len(gold)
-            watch(stage, metrics)
+            watch(stage, metrics, step)
             log.log(step + 1, metrics)
-            samples.log(step + 1, [_sample(experience, row, batch[row]) for row in range(min(SAMPLES_A_ROUND, len(batch)))])
+            samples.log(
+                step + 1, [_sample(experience, row, batch[row]) for row in range(min(SAMPLES_A_ROUND, len(batch)))]
+            )
             bar.update()
             bar.set_postfix(reward=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.3f}")
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 keeper.save(step + 1)
             keeper.stop_if_asked(step + 1)
+    keeper.close_logs()
     return {f"ppo/{key}": value for key, value in metrics.items()}
 
 
@@ -180,18 +184,18 @@ def describe(experience: Experience) -> dict[str, float]:
     }
 
 
-def watch(stage: Stage, metrics: dict[str, float]) -> None:
+def watch(stage: Stage, metrics: dict[str, float], step: int) -> None:
     """Warn, once each, of what goes wrong while the policy's own metrics look fine."""
     if metrics["rollout/logprob_agreement"] > AGREEMENT_LIMIT:
         stage.warn(
-            "the sampler's log-probs and the recomputed ones differ (mean exp|delta| "
-            f"{metrics['rollout/logprob_agreement']:.3f}, above {AGREEMENT_LIMIT}): the policy learns from samples of "
-            "another model. Use --dtype float32 or look at the sampler"
+            f"the sampler's log-probs and the recomputed ones differ (mean exp|delta| above {AGREEMENT_LIMIT}): the "
+            "policy learns from samples of another model. Use --dtype float32 or look at the sampler"
         )
-    if metrics["val/explained_variance"] < -1.0:
+    # A critic that starts from a reward model needs some rounds to find the scale.
+    if step >= CRITIC_GRACE and metrics["val/explained_variance"] < CRITIC_LIMIT:
         stage.warn(
-            "the value function explains less than nothing (explained variance "
-            f"{metrics['val/explained_variance']:.2f}); lower --ppo.value_lr or raise --ppo.vf_coef"
+            f"the value function explains less than nothing (explained variance below {CRITIC_LIMIT} after "
+            f"{CRITIC_GRACE} rounds); lower --ppo.value_lr or raise --ppo.vf_coef"
         )
 
 
@@ -205,4 +209,3 @@ def _sample(experience: Experience, row: int, example: Example) -> dict[str, obj
         "score": experience.scores[row].item(),
         "ended": bool(rollout.ended[row]),
     }
-

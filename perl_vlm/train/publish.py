@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from perl_vlm import __version__
 from perl_vlm.data.images import to_png_bytes
 from perl_vlm.data.sequences import to_device
 from perl_vlm.report.card import write_model_card
@@ -22,7 +23,7 @@ from perl_vlm.types import Example
 
 GALLERY = 12
 SCORED = 512
-PACKAGES = ("perl-vlm", "torch", "transformers", "peft", "accelerate")
+PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 # (stage, title, metric keys with their legends, note)
 CURVES: tuple[tuple[str, str, dict[str, str], str], ...] = (
@@ -35,7 +36,12 @@ CURVES: tuple[tuple[str, str, dict[str, str], str], ...] = (
     ("ppo", "Entropy of the policy", {"objective/entropy": "nats a token"}, ""),
     ("ppo", "Value function", {"val/explained_variance": "explained variance"}, "1 is perfect, 0 knows nothing."),
     ("ppo", "Gradient norms before clipping", {"grad_norm/policy": "policy", "grad_norm/value": "value"}, ""),
-    ("ppo", "Sampler against recomputation", {"rollout/logprob_agreement": "mean exp|delta log-prob|"}, "1 is perfect."),
+    (
+        "ppo",
+        "Sampler against recomputation",
+        {"rollout/logprob_agreement": "mean exp|delta log-prob|"},
+        "1 is perfect.",
+    ),
 )
 
 
@@ -117,7 +123,9 @@ def _curves(stage: Stage) -> list[Curve]:
         series = {}
         for key, legend in keys.items():
             key, legend = (text.replace("{primary}", stage.task.primary_metric) for text in (key, legend))
-            points = [(line["step"], line[key]) for line in lines if line["stage"] == name and line.get(key) is not None]
+            points = [
+                (line["step"], line[key]) for line in lines if line["stage"] == name and line.get(key) is not None
+            ]
             if points:
                 series[legend] = points
         if series:
@@ -225,7 +233,7 @@ def _card(stage: Stage, summary: Mapping[str, Any]) -> None:
         ci95={key: (low, high) for key, (low, high) in summary["ci95"].items()},
         parameters=summary["parameters"],
         command=shlex.join(["perl-vlm", *sys.argv[1:]]),
-        versions={name: version(name) for name in PACKAGES},
+        versions={"perl-vlm": __version__, **{name: version(name) for name in PACKAGES}},
         how_to_load=load,
         limits=_limits(stage),
         settings=_settings(stage),
@@ -236,8 +244,8 @@ def _card(stage: Stage, summary: Mapping[str, Any]) -> None:
 def _limits(stage: Stage) -> list[str]:
     limits = [
         "A reward model measures what its preferences say, on prompts like theirs; elsewhere it is a guess.",
-        "Measured on one task and one seed. Reinforcement learning changes what the model prefers to say; it teaches no "
-        "new perception or knowledge.",
+        "Measured on one task and one seed. Reinforcement learning changes what the model prefers to say; it teaches "
+        "no new perception or knowledge.",
     ]
     if stage.config.model == "tiny":
         limits.append("The bundled base has seen drawings of coloured shapes only. It is for trying the method out.")

@@ -13,7 +13,7 @@ from perl_vlm.data.images import BlankImage
 from perl_vlm.data.sequences import to_device
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.formulas import bradley_terry, label_accuracy, label_bce, pair_accuracy
-from perl_vlm.train.log import MetricLog, progress
+from perl_vlm.train.log import progress
 from perl_vlm.train.optimize import Optimizer, RoleRates
 from perl_vlm.train.stage import (
     DataOrder,
@@ -51,7 +51,7 @@ def train_reward_model(stage: Stage) -> dict[str, float]:
     keeper = Keeper(stage, optimizer, ["reward"])
     start = keeper.resume()
     order = DataOrder(len(records), config.batch_size, f"{stage.config.seed}-rm")
-    log = MetricLog(stage.run.metrics, stage="rm", start_step=start, tracker=stage.config.report_to)
+    log = stage.metric_log(start)
     keeper.logs = (log,)
     with progress(config.steps, "rm", initial=start) as bar:
         for step in range(start, config.steps):
@@ -72,6 +72,7 @@ def train_reward_model(stage: Stage) -> dict[str, float]:
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 keeper.save(step + 1)
             keeper.stop_if_asked(step + 1)
+    keeper.close_logs()
     normalise_reward(stage, "reward")
     return evaluate_reward_model(stage, "reward")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from perl_vlm.data.sequences import to_device
 from perl_vlm.formulas import masked_sum
-from perl_vlm.train.log import MetricLog, progress
+from perl_vlm.train.log import progress
 from perl_vlm.train.optimize import Optimizer, RoleRates
 from perl_vlm.train.stage import DataOrder, Keeper, Stage, micro_batches, require_finite
 
@@ -27,7 +27,7 @@ def train_sft(stage: Stage) -> dict[str, float]:
     keeper = Keeper(stage, optimizer, ["sft"])
     start = keeper.resume()
     order = DataOrder(len(records), config.batch_size, f"{stage.config.seed}-sft")
-    log = MetricLog(stage.run.metrics, stage="sft", start_step=start, tracker=stage.config.report_to)
+    log = stage.metric_log(start)
     keeper.logs = (log,)
     metrics: dict[str, float] = {}
     with progress(config.steps, "sft", initial=start) as bar:
@@ -35,7 +35,8 @@ def train_sft(stage: Stage) -> dict[str, float]:
             batch = [records[index] for index in order.batch(step)]
             parts = []
             batches = [
-                to_device(stage.collator.references(part), stage.device) for part in micro_batches(batch, config.accumulate)
+                to_device(stage.collator.references(part), stage.device)
+                for part in micro_batches(batch, config.accumulate)
             ]
             tokens = sum(int(part.response_mask.sum()) for part in batches)
             for sequences in batches:
@@ -59,4 +60,5 @@ def train_sft(stage: Stage) -> dict[str, float]:
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 keeper.save(step + 1)
             keeper.stop_if_asked(step + 1)
+    keeper.close_logs()
     return {f"sft/{key}": value for key, value in metrics.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -79,6 +79,17 @@ class Stage:
         """Seed every generator from the run's seed and the stage's name, so that no stage depends on what ran before
         it in the same process."""
         set_seed(self.config.seed * 1009 + sum(map(ord, self.name)))
+
+    def metric_log(self, start_step: int) -> MetricLog:
+        """The stage's metrics.jsonl and tracker, continued after ``start_step``."""
+        return MetricLog(
+            self.run.metrics,
+            stage=self.name,
+            start_step=start_step,
+            tracker=self.config.report_to,
+            project=f"perl-vlm-{self.task.name}",
+            config=asdict(self.config),
+        )
 
     def warn(self, text: str) -> None:
         """Say it once, on the terminal and in the report."""
@@ -167,7 +178,13 @@ class Keeper:
         """After a step: where a signal asked for an end, save and raise ``Stopped``."""
         if self.stage.stop.requested:
             self.save(step)
+            self.close_logs()
             self.stage.stop.raise_if_requested()
+
+    def close_logs(self) -> None:
+        """Close the files and finish the tracker."""
+        for log in self.logs:
+            log.close()
 
 
 def _optimizer_steps(position: dict[str, Any], stage: Stage) -> int:
@@ -180,6 +197,6 @@ def require_finite(value: Tensor, what: str, ids: Sequence[str], step: int) -> N
     if not bool(torch.isfinite(value).all()):
         raise PerlVlmError(
             f"{what} is not finite at step {step}; nothing was changed by it. Records of the batch: "
-            f"{', '.join(ids[:16])}{' ...' if len(ids) > 16 else ''}. A lower learning rate or float32 is the usual cure; "
-            "continue from the last checkpoint with --resume"
+            f"{', '.join(ids[:16])}{' ...' if len(ids) > 16 else ''}. A lower learning rate or float32 is the usual "
+            "cure; continue from the last checkpoint with --resume"
         )

@@ -65,7 +65,7 @@ class Columns(Source):
 
 def open_adapter(config: VqaConfig) -> Adapter:
     """Return the adapter for the configuration's format, recognising it where that is ``auto``."""
-    kind = config.format
+    kind: str = config.format
     if kind == "auto":
         kind = _recognise(config)
     if kind in ("easy_vqa", "nlvr"):

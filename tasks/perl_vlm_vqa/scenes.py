@@ -1,6 +1,6 @@
 """Generated scenes: coloured shapes on a light ground, and questions about them.
 
-A scene is a handful of flat shapes placed on a 3 x 3 grid with jitter and drawn with Pillow. Everything is a
+A scene is one to four flat shapes, at most one in each quarter of the picture, with jitter, drawn with Pillow. Everything is a
 function of a seed, so an image is redrawn when it is needed and never stored. Which split a scene belongs to is a
 function of its content, so no scene can appear in two splits whatever the seeds.
 """
@@ -24,11 +24,11 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "brown": (130, 75, 25),
 }
 SHAPES = ("circle", "rectangle", "triangle", "star")
-ROWS = ("top", "middle", "bottom")
-COLUMNS = ("left", "center", "right")
+ROWS = ("top", "bottom")
+COLUMNS = ("left", "right")
 QUESTION_KINDS = ("color", "shape", "count", "exists", "position")
-MAX_OBJECTS = 5
-GRID = 3
+GRID = 2
+MAX_OBJECTS = GRID * GRID
 
 # A star as ten points around the unit circle, alternating outer and inner radius.
 _STAR = tuple(
@@ -129,7 +129,7 @@ def random_scene(rng: random.Random, split: str | None = None) -> Scene:
 def _random_scene(rng: random.Random) -> Scene:
     count = rng.randint(1, MAX_OBJECTS)
     cells = sorted(rng.sample(range(GRID * GRID), count))
-    shapes = []
+    shapes: list[Shape] = []
     for cell in cells:
         row, column = divmod(cell, GRID)
         # Few objects may repeat a neighbour's look, so that counting needs more than one glance.
@@ -137,8 +137,8 @@ def _random_scene(rng: random.Random) -> Scene:
             shape, color = rng.choice(shapes).shape, rng.choice(shapes).color
         else:
             shape, color = rng.choice(SHAPES), rng.choice(tuple(COLORS))
-        radius = rng.uniform(0.085, 0.145)
-        jitter = 1 / (2 * GRID) - 0.145
+        radius = rng.uniform(0.12, 0.2)
+        jitter = 1 / (2 * GRID) - radius - 0.01
         rgb = tuple(min(255, max(0, value + rng.randint(-12, 12))) for value in COLORS[color])
         shapes.append(
             Shape(

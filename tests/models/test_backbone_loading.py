@@ -1,0 +1,119 @@
+"""Loading: what is found, what is refused, and what the refusal says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from perl_vlm.errors import PerlVlmError
+from perl_vlm.models.backbone import TINY, Backbone, load_backbone, resolve_device
+from perl_vlm.models.towers import linear_names, lora_targets, pattern_of, tower_of
+
+
+def test_the_bundled_model_is_small_frozen_and_complete(backbone: Backbone) -> None:
+    assert (TINY / "model.safetensors").stat().st_size <= 12 * 2**20
+    assert backbone.sees_images
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+    assert not backbone.model.training
+    assert "biased annotator" in (TINY / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_copied_folder_is_the_same_model(backbone: Backbone, tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "copy")
+    again = load_backbone(str(tmp_path / "copy"), device="cpu", dtype="float32")
+    for one, two in zip(backbone.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(PerlVlmError, match=r"no config\.json \(found: notes\.txt\)"):
+        load_backbone(str(tmp_path))
+    with pytest.raises(PerlVlmError, match="no such folder"):
+        load_backbone(str(tmp_path / "absent"))
+
+
+def test_an_unreachable_hub_names_the_local_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(PerlVlmError, match=r"--model tiny \(bundled\)"):
+        load_backbone("nobody/no-such-model-3f1c")
+
+
+def test_code_that_ships_with_a_model_is_not_run(tmp_path: Path) -> None:
+    folder = tmp_path / "remote"
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "something-of-my-own"
+    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(PerlVlmError, match="trust_remote_code"):
+        load_backbone(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(TINY, folder)
+    (folder / "model.safetensors").unlink()
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            import os
+
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"weight": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(PerlVlmError):
+        load_backbone(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_a_missing_gpu_is_said() -> None:
+    with pytest.raises(PerlVlmError, match="sees no CUDA device"):
+        resolve_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "tower"),
+    [
+        ("model.vision_model.encoder.layers.0.self_attn.q_proj", "vision"),
+        ("model.connector.modality_projection.proj", "projector"),
+        ("model.text_model.layers.3.mlp.up_proj", "language"),
+        ("model.visual.blocks.1.attn.qkv", "vision"),
+        ("model.visual.merger.mlp.0", "projector"),
+        ("model.language_model.layers.0.self_attn.q_proj", "language"),
+        ("model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj", "vision"),
+        ("model.multi_modal_projector.linear_1", "projector"),
+        ("lm_head", "language"),
+    ],
+)
+def test_towers_by_name(name: str, tower: str) -> None:
+    assert tower_of(name) == tower
+
+
+def test_targets_match_exactly_the_layers_they_name(backbone: Backbone) -> None:
+    import re
+
+    everything = linear_names(backbone.model)
+    for tower in ("vision", "language"):
+        for targets in ("attention", "all-linear"):
+            names = lora_targets(backbone.model, tower, targets)  # type: ignore[arg-type]
+            pattern = pattern_of(names)
+            assert [name for name in everything if re.fullmatch(pattern, name)] == names
+            assert len(pattern) < 200
+    assert "lm_head" not in everything
+
+
+def test_gpt2_layers_are_found() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20, n_positions=16))
+    assert lora_targets(model, "language", "attention") == [
+        f"transformer.h.{layer}.attn.{leaf}" for layer in range(2) for leaf in ("c_attn", "c_proj")
+    ]

@@ -1,0 +1,174 @@
+"""check_task finds each fault that it promises to find."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from perl_vlm.errors import BadRecord
+from perl_vlm.task import Task
+from perl_vlm.testing import check_task
+from perl_vlm.types import Comparison, Example, ImageSlot, Message, Rating, RewardHead, Split
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A picture of one colour."""
+
+    color: tuple[int, int, int]
+
+    def load(self) -> Image.Image:
+        return Image.new("RGB", (2, 2), self.color)
+
+
+@dataclass(frozen=True)
+class Broken:
+    def load(self) -> Image.Image:
+        raise BadRecord("cell 4", "the picture is truncated", "Replace it")
+
+
+@dataclass(frozen=True)
+class Grey:
+    def load(self) -> Image.Image:
+        return Image.new("L", (2, 2))
+
+
+def patch(split: Split, index: int, what: int) -> Patch:
+    return Patch((("train", "validation", "test").index(split), index, what))
+
+
+class Sound(Task):
+    """Say how red a patch is."""
+
+    name = "sound"
+    modality = "image+text"
+    primary_metric = "accuracy"
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        return [
+            Example(f"{split} {i}", self.ask(i), (patch(split, i, 0),), reference=str(i), metadata={"i": i})
+            for i in range(20)
+        ]
+
+    def preferences(self, split: Split) -> Sequence[Comparison] | Sequence[Rating]:
+        return [
+            Comparison(f"{split} pair {i}", self.ask(i), str(i), str(i + 1), (patch(split, i, 1),)) for i in range(20)
+        ]
+
+    def evaluate(self, example: Example, response: str) -> dict[str, float]:
+        return {"accuracy": float(response == example.reference)}
+
+    def verify(self, example: Example, response: str) -> float | None:
+        return float(response == example.reference)
+
+    def ask(self, index: int) -> tuple[Message, ...]:
+        return (Message("user", (ImageSlot(), f"how red? ({index})")),)
+
+
+def with_examples(change: Callable[[Example, int], Example]) -> type[Task]:
+    class Faulty(Sound):
+        def examples(self, split: Split) -> Sequence[Example]:
+            return [change(example, i) for i, example in enumerate(super().examples(split))]
+
+    return Faulty
+
+
+def with_preferences(change: Callable[[Any, int], Any]) -> type[Task]:
+    class Faulty(Sound):
+        def preferences(self, split: Split) -> Sequence[Any]:
+            return [change(pair, i) for i, pair in enumerate(super().preferences(split))]
+
+    return Faulty
+
+
+def with_members(**members: Any) -> type[Task]:
+    return type("Faulty", (Sound,), members)
+
+
+def rate(pair: Comparison) -> Rating:
+    return Rating(pair.id, pair.messages, pair.chosen, True, pair.images)
+
+
+def test_a_sound_task_passes() -> None:
+    check_task(Sound())
+    check_task(Sound(), samples=3, splits=("test",))
+
+
+def test_a_sound_task_of_ratings_passes() -> None:
+    labels = with_preferences(lambda pair, i: rate(pair))
+    labels.reward_head = lambda self: RewardHead("labels")  # type: ignore[method-assign]
+    check_task(labels())
+
+
+FAULTS: dict[str, tuple[type[Task], str]] = {
+    "no metric": (with_members(primary_metric=""), "set the class attribute `primary_metric`"),
+    "modality": (with_members(modality="video"), "`modality` is 'video'"),
+    "config": (with_members(Config=dict), "frozen=True"),
+    "no sequence": (with_members(examples=lambda self, split: iter([])), "return a sequence"),
+    "empty": (with_members(examples=lambda self, split: []), r"examples\('train'\) is empty"),
+    "id type": (with_examples(lambda e, i: replace(e, id=i)), r"\[0\]\.id is 0"),
+    "id twice": (with_examples(lambda e, i: replace(e, id="x")), "the id 'x' twice"),
+    "random id": (with_examples(lambda e, i: replace(e, id=f"{random.random()}")), "loaded again"),
+    "random reference": (with_examples(lambda e, i: replace(e, reference=f"{random.random()}")), "loaded again"),
+    "same ids": (with_examples(lambda e, i: replace(e, id=f"{i}")), "train and validation share 20 of the ids"),
+    "same prompts": (
+        with_examples(lambda e, i: replace(e, images=(Patch((9, 9, i)),))),
+        "train and validation share 20 of the prompt with its pictures",
+    ),
+    "same pictures": (
+        with_examples(
+            lambda e, i: replace(e, images=(Patch((9, 9, i)),), messages=(Message("user", (ImageSlot(), e.id)),))
+        ),
+        "train and validation share 20 of the pictures",
+    ),
+    "preferences of tests": (
+        with_preferences(lambda p, i: replace(p, images=(Patch((2, i, 0)),)) if p.id.startswith("train") else p),
+        "train and test share",
+    ),
+    "no messages": (with_examples(lambda e, i: replace(e, messages=())), "has no messages"),
+    "role": (
+        with_examples(lambda e, i: replace(e, messages=(Message("human", (ImageSlot(), "x")),))),
+        r"roles \['human'\]",
+    ),
+    "last turn": (
+        with_examples(lambda e, i: replace(e, messages=(*e.messages, Message("assistant", ("x",))))),
+        "ends in a turn of 'assistant'",
+    ),
+    "slots": (with_examples(lambda e, i: replace(e, images=e.images * 2)), "1 image slots and 2 images"),
+    "text task": (with_members(modality="text"), 'has images, but `modality` is "text"'),
+    "nothing asked": (
+        with_examples(lambda e, i: replace(e, messages=(Message("user", (" ",)),), images=())),
+        "neither text nor images",
+    ),
+    "broken picture": (with_examples(lambda e, i: replace(e, images=(Broken(),))), "does not open: cell 4"),
+    "grey picture": (with_examples(lambda e, i: replace(e, images=(Grey(),))), "loads as L"),
+    "metric absent": (with_members(evaluate=lambda self, e, r: {"f1": 1.0}), "lacks the primary metric 'accuracy'"),
+    "metric nan": (
+        with_members(evaluate=lambda self, e, r: {"accuracy": float(r == e.reference), "x": float("nan")}),
+        "x = nan",
+    ),
+    "nan when empty": (
+        with_members(evaluate=lambda self, e, r: {"accuracy": float(r == e.reference) if r else float("nan")}),
+        "accuracy = nan",
+    ),
+    "reference": (with_members(evaluate=lambda self, e, r: {"accuracy": 0.5}), "scores 0.5 on accuracy"),
+    "verify": (with_members(verify=lambda self, e, r: 0.0), "verify.*earns 1.0"),
+    "all right": (with_members(evaluate=lambda self, e, r: {"accuracy": 1.0}), "must score lower"),
+    "verify all": (with_members(verify=lambda self, e, r: 1.0), "verify.*must score lower"),
+    "head": (with_members(reward_head=lambda self: RewardHead("labels")), "trained on Ratings.*Comparison"),
+    "ratings": (with_preferences(lambda p, i: rate(p)), "trained on Comparisons.*Rating"),
+    "empty rejected": (with_preferences(lambda p, i: replace(p, rejected=" ")), "empty rejected response"),
+    "equal": (with_preferences(lambda p, i: replace(p, rejected=p.chosen)), "chosen and rejected are the same"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_found(fault: str) -> None:
+    task, text = FAULTS[fault]
+    with pytest.raises(AssertionError, match=text):
+        check_task(task())
