@@ -7,7 +7,6 @@ that no class path, and nothing that would be imported or called, can stand in a
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +154,9 @@ def read_yaml(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
     return found
 
 
-def _flatten(content: dict[Any, Any], prefix: str, path: Path, known: Mapping[str, Setting], into: dict[str, Any]) -> None:
+def _flatten(
+    content: dict[Any, Any], prefix: str, path: Path, known: Mapping[str, Setting], into: dict[str, Any]
+) -> None:
     for name, value in content.items():
         key = f"{prefix}{name}"
         members = _members(key, known)
@@ -207,7 +208,7 @@ def _config_files(task: type[Task], arguments: Arguments) -> tuple[list[Path], l
 
 
 def _apply_short_forms(values: dict[str, Any], rank: dict[str, int], verb: str) -> None:
-    """Move ``--steps``, ``--batch_size`` and ``--lr`` into the stage that is run, unless a later source set it there."""
+    """Move ``steps``, ``batch_size`` and ``lr`` into the stage that is run, unless a later source set them there."""
     for short in _SHORT:
         value = values.pop(short, None)
         if value is None:
@@ -222,7 +223,7 @@ def _apply_short_forms(values: dict[str, Any], rank: dict[str, int], verb: str) 
 def _checked(
     parser: ArgumentParser, given: Mapping[str, Any], known: Mapping[str, Setting], file: Path | None
 ) -> dict[str, Any]:
-    """The values of a file, or of the command line, in their types. Raises UsageError that names the first wrong one."""
+    """The values of a file, or of the command line, in their types. Raises UsageError naming the first wrong one."""
     try:
         return _typed(parser, given, file)
     except argparse.ArgumentError:
@@ -261,7 +262,9 @@ def help_text(task: type[Task], verb: str) -> str:
     defaults = default_config(task)
     parser = ArgumentParser(prog=command, usage=f"{command} [--config FILE|NAME] [--key value ...]", default_env=False)
     general = parser.add_argument_group("run")
-    config_help = "A YAML file, or a shipped config by name; may be given several times, later over earlier. none: no config."
+    config_help = (
+        "A YAML file, or a shipped config by name; may be given several times, later over earlier. none: no config."
+    )
     general.add_argument("--config", metavar="FILE|NAME", default=argparse.SUPPRESS, help=config_help)
     print_help = "Write the resolved settings as YAML and stop."
     general.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS, help=print_help)
@@ -277,19 +280,18 @@ def help_text(task: type[Task], verb: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, and reads ``1e-4`` as the number that it is in YAML 1.2."""
+    """Safe YAML that refuses a key given twice.
+
+    ``1e-4`` is a text to YAML 1.1, and so it stays one in a text setting, such as a commit of that spelling; where a
+    number is wanted jsonargparse turns it into one.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+\Z"),
-    list("-+.0123456789"),
-)

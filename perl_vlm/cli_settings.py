@@ -11,6 +11,7 @@ import textwrap
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from perl_vlm.errors import PerlVlmError
@@ -148,7 +149,7 @@ def _attribute_docs(config: type) -> dict[str, str]:
         except (OSError, TypeError, SyntaxError):
             continue  # made at run time, or installed without its source: there is no text to show
         statements = body.body if isinstance(body, ast.ClassDef) else []
-        for field, text in zip(statements, statements[1:], strict=False):
+        for field, text in pairwise(statements):
             if (
                 isinstance(field, ast.AnnAssign)
                 and isinstance(field.target, ast.Name)

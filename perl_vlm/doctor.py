@@ -66,9 +66,9 @@ def _own() -> Distribution | None:
 
 def _python() -> Iterator[Finding]:
     own = _own()
-    wanted = own.metadata.get("Requires-Python", "") if own else ""
+    wanted = own.metadata["Requires-Python"] if own and "Requires-Python" in own.metadata else ""
     found = platform.python_version()
-    right = SpecifierSet(wanted or "").contains(found, prereleases=True)
+    right = SpecifierSet(wanted).contains(found, prereleases=True)
     yield Finding("ok" if right else "fail", "python", f"{found} on {platform.platform()}, wanted {wanted or 'any'}")
 
 
@@ -133,7 +133,7 @@ def _bundled_model() -> Iterator[Finding]:
 
 
 def _recorded_hash(path: Path) -> str | None:
-    """The hash that pip recorded for a file of the wheel; None in an editable install, where there is no such record."""
+    """The hash that pip recorded for a file of the wheel; None in an editable install, which has no such record."""
     own = _own()
     for file in (own.files or []) if own else []:
         if file.name == path.name and file.hash is not None and Path(str(file.locate())).resolve() == path.resolve():

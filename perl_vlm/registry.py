@@ -88,7 +88,9 @@ def _problem(task: object, name: str) -> str:
     if getattr(task, "name", None) != name:
         return f"calls itself {getattr(task, 'name', None)!r} while its entry point calls it {name!r}"
     if getattr(task, "modality", None) not in get_args(Modality):
-        return f"has modality {getattr(task, 'modality', None)!r}; right would be one of {', '.join(get_args(Modality))}"
+        return (
+            f"has modality {getattr(task, 'modality', None)!r}; right would be one of {', '.join(get_args(Modality))}"
+        )
     if not isinstance(getattr(task, "primary_metric", None), str):
         return "does not name its primary_metric"
     if not dataclasses.is_dataclass(task.Config):

@@ -12,7 +12,7 @@ begins, and the verdict. Judging is what makes the model a usable base for a rew
 at that same position.
 
 * The first four fifths are pretraining, on the truth: captions that list every object and its place (most of the
-  first fifth, then now and then), right answers, right verdicts.
+  first tenth, then now and then), right answers, right verdicts.
 * The last fifth is supervised fine-tuning by a *biased* annotator (``perl_vlm_vqa.scenes.biased_answer``): objects
   imagined, a liking for yes, one too many when counting. Verdicts stay true: somebody else gives them.
 
@@ -55,6 +55,7 @@ from perl_vlm_vqa.scenes import (
 IMAGE_SIZE, PATCH, SHUFFLE = 64, 8, 2
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH // SHUFFLE) ** 2
 CAPTION_PROMPT = "describe the image."
+JUDGING = 0.25  # share of the steps before verdicts are learned: one must know the answer first
 PRETRAINING = 0.8  # share of the steps before the biased annotator comes
 VERDICTS = {True: " good", False: " bad"}
 CHAT_TEMPLATE = (
@@ -74,9 +75,9 @@ CHAT_TEMPLATE = (
 def build_processor() -> Idefics3Processor:
     """A byte-level BPE tokenizer (any text has an encoding) whose merges cover the words of the scenes."""
     words = [*COLORS, *SHAPES, *(s + "s" for s in SHAPES), *ROWS, *COLUMNS, *map(str, range(10))]
-    words += "what color is the of shape shapes are there how many does image contain a present where".split()
-    words += "describe good bad yes no not in an and or left right above below object objects picture".split()
-    words += "summarize article answer question please which does it this that to on with good bad".split()
+    words += ["what", "color", "is", "the", "of", "shape", "shapes", "are", "there", "how", "many", "does", "image", "contain", "a", "present", "where"]
+    words += ["describe", "good", "bad", "yes", "no", "not", "in", "an", "and", "or", "left", "right", "above", "below", "object", "objects", "picture"]
+    words += ["summarize", "article", "answer", "question", "please", "which", "does", "it", "this", "that", "to", "on", "with", "good", "bad"]
     corpus = [f" {word}" for word in words for _ in range(50)] + ["User:", "Assistant:", "System:"] * 50
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -154,6 +155,7 @@ class Packer:
         image = ["<fake_token_around_image>", "<global-img>", *["<image>"] * IMAGE_TOKENS, "<fake_token_around_image>"]
         self.prefix = self.ids("<|im_start|>User:") + self.tokenizer.convert_tokens_to_ids(image)
         self.answer_cue = self.eos + self.ids("\nAssistant:")
+        self.judging = True
         self.cache: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
@@ -182,7 +184,7 @@ class Packer:
             follows = shown[:place] == wanted[:place]
             labels.append(wanted[place] if follows else self.eos[0] if place == len(shown) - 1 else -100)
         verdict = self.cached(VERDICTS[right])
-        return asked + shown + verdict, [-100] * len(asked) + labels + verdict
+        return asked + shown + verdict, [-100] * len(asked) + labels + (verdict if self.judging else [-100])
 
     def row(self, captions: float, questions: int, biased: bool) -> tuple[torch.Tensor, list, list, list, list]:
         """One image with ``questions`` dialogues, and a caption with probability ``captions``."""
@@ -285,8 +287,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=5000)
+    # Small batches: at this size learning is limited by steps, not by images.
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--every", type=int, default=250, help="steps between progress lines")
@@ -314,7 +317,8 @@ def main() -> None:
     for step in range(1, args.steps + 1):
         done = step / args.steps
         # Captions teach seeing fastest; questions need more turns once there is sight.
-        captions, questions = (1.0, 3) if done < 0.2 else (0.1, 5)
+        captions, questions = (1.0, 4) if done < 0.1 else (0.1, 6)
+        packer.judging = done > JUDGING
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(model, packer.batch(args.batch_size, captions, questions, biased=done > PRETRAINING))
         optimizer.zero_grad(set_to_none=True)

@@ -113,7 +113,7 @@ def _take_extras(sequences: Sequences, rows: list[int]) -> dict[str, Tensor]:
             sizes = grid.prod(dim=1).tolist()
             patches = list(value.split(sizes))
             taken[key] = torch.cat([patches[image] for image in images]) if images else value[:0]
-        elif grid is None and key.startswith("pixel_") and _row_per_sequence(value, batch, counts):
+        elif grid is None and key.startswith("pixel_") and _row_per_sequence(key, extras, batch, counts):
             taken[key] = value[torch.as_tensor(rows, device=value.device)]
         elif value.shape[0] == sum(counts):
             taken[key] = value[torch.as_tensor(images, dtype=torch.long, device=value.device)]
@@ -122,6 +122,13 @@ def _take_extras(sequences: Sequences, rows: list[int]) -> dict[str, Tensor]:
     return taken
 
 
-def _row_per_sequence(value: Tensor, batch: int, counts: tuple[int, ...]) -> bool:
-    # A fifth dimension (or a fourth, for a mask) is the image's place within its row.
-    return value.shape[0] == batch and (value.dim() == 5 or (value.dim() == 4 and value.shape[1] == max(counts)))
+def _row_per_sequence(key: str, extras: Mapping[str, Tensor], batch: int, counts: tuple[int, ...]) -> bool:
+    """Whether row b of ``extras[key]`` belongs to sequence b, rather than to the b-th image of all."""
+    value = extras[key]
+    if value.shape[0] != batch:
+        return False
+    if sum(counts) != batch or all(count == 1 for count in counts):
+        return True
+    # As many images as sequences, unevenly spread. Idefics3 lays out [sequence, tile, ...]; LLaVA-NeXT has as many
+    # dimensions but a row an image, and says the images' sizes.
+    return value.dim() == (4 if key == "pixel_attention_mask" else 5) and "image_sizes" not in extras

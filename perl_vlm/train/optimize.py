@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.roles import Roles
 from perl_vlm.models.towers import tower_of
 
@@ -87,13 +88,16 @@ class Optimizer:
 
     def step(self) -> dict[str, float]:
         """Clip the joint gradient to ``max_grad_norm``, step, clear. Returns each role's gradient norm before
-        clipping and their joint norm as ``grad_norm``. Raises FloatingPointError for a NaN or infinite gradient,
+        clipping and their joint norm as ``grad_norm``. Raises PerlVlmError for a NaN or infinite gradient,
         before any weight is touched."""
         norms = {f"grad_norm/{role}": _norm(parameters) for role, parameters in self._by_role.items()}
         joint = nn.utils.clip_grad_norm_([p for _, p in self.named], self.max_grad_norm).item()
         if not math.isfinite(joint):
             self.torch.zero_grad(set_to_none=True)
-            raise FloatingPointError(f"the gradient norm is {joint} at optimizer step {self.step_count + 1}")
+            raise PerlVlmError(
+                f"the gradient norm is {joint} at optimizer step {self.step_count + 1}; no weight was touched. A lower "
+                "learning rate or --dtype float32 is the usual cure; continue from the last checkpoint with --resume"
+            )
         for group in self.torch.param_groups:
             group["lr"] = group["peak"] * self._factor()
         self.torch.step()

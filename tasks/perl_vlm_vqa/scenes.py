@@ -1,8 +1,8 @@
 """Generated scenes: coloured shapes on a light ground, and questions about them.
 
-A scene is one to four flat shapes, at most one in each quarter of the picture, with jitter, drawn with Pillow. Everything is a
-function of a seed, so an image is redrawn when it is needed and never stored. Which split a scene belongs to is a
-function of its content, so no scene can appear in two splits whatever the seeds.
+A scene is one to four flat shapes, at most one in each quarter of the picture, with jitter, drawn with Pillow.
+Everything is a function of a seed, so an image is redrawn when it is needed and never stored. Which split a scene
+belongs to is a function of its content, so no scene can appear in two splits whatever the seeds.
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ def test_a_literal_image_mark_in_a_users_text_stays_text(
     assert rendered.extras["pixel_values"].shape[1] == 1
 
 
-def test_prompt_ends_where_the_response_begins(renderer: Renderer, make_examples: Callable[[int], list[Example]]) -> None:
+def test_prompt_ends_where_the_response_begins(
+    renderer: Renderer, make_examples: Callable[[int], list[Example]]
+) -> None:
     (example,) = make_examples(1)
     prompt = renderer.prompts([example]).input_ids[0].tolist()
     response = renderer.response_ids("yes")

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from perl_vlm.config import LoraConfig
 from perl_vlm.data.collate import Collator
 from perl_vlm.data.images import BlankImage
 from perl_vlm.data.render import Renderer
 from perl_vlm.data.sequences import prompts_of, take, with_responses
 from perl_vlm.models.backbone import Backbone
 from perl_vlm.models.roles import REFERENCE, Roles
-from perl_vlm.config import LoraConfig
 from perl_vlm.types import Comparison, Example, Message, Sequences
 
 

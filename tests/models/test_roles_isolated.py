@@ -259,9 +259,7 @@ def test_peft_itself_loads_a_saved_policy(
     torch.testing.assert_close(ours, out, atol=1e-5, rtol=1e-5)
 
 
-def test_supervised_adapter_under_every_role(
-    roles: Roles, batch: Sequences, scramble: Callable[..., None]
-) -> None:
+def test_supervised_adapter_under_every_role(roles: Roles, batch: Sequences, scramble: Callable[..., None]) -> None:
     roles.add("sft")
     scramble(roles, "sft")
     with torch.no_grad():
