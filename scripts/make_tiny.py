@@ -58,6 +58,12 @@ CAPTION_PROMPT = "describe the image."
 JUDGING = 0.25  # share of the steps before verdicts are learned: one must know the answer first
 PRETRAINING = 0.8  # share of the steps before the biased annotator comes
 VERDICTS = {True: " good", False: " bad"}
+WORDS = (
+    "what", "color", "is", "the", "of", "shape", "shapes", "are", "there", "how", "many", "does", "image",
+    "contain", "a", "present", "where", "describe", "good", "bad", "yes", "no", "not", "in", "an", "and", "or",
+    "left", "right", "above", "below", "object", "objects", "picture", "summarize", "article", "answer",
+    "question", "please", "which", "does", "it", "this", "that", "to", "on", "with", "good", "bad",
+)  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first %}<|im_start|>{% endif %}"
@@ -74,10 +80,7 @@ CHAT_TEMPLATE = (
 
 def build_processor() -> Idefics3Processor:
     """A byte-level BPE tokenizer (any text has an encoding) whose merges cover the words of the scenes."""
-    words = [*COLORS, *SHAPES, *(s + "s" for s in SHAPES), *ROWS, *COLUMNS, *map(str, range(10))]
-    words += ["what", "color", "is", "the", "of", "shape", "shapes", "are", "there", "how", "many", "does", "image", "contain", "a", "present", "where"]
-    words += ["describe", "good", "bad", "yes", "no", "not", "in", "an", "and", "or", "left", "right", "above", "below", "object", "objects", "picture"]
-    words += ["summarize", "article", "answer", "question", "please", "which", "does", "it", "this", "that", "to", "on", "with", "good", "bad"]
+    words = [*COLORS, *SHAPES, *(s + "s" for s in SHAPES), *ROWS, *COLUMNS, *map(str, range(10)), *WORDS]
     corpus = [f" {word}" for word in words for _ in range(50)] + ["User:", "Assistant:", "System:"] * 50
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -173,7 +176,7 @@ class Packer:
         return asked + told, [-100] * len(asked) + told
 
     def judged(self, question: Question, taught: str) -> tuple[list[int], list[int]]:
-        """A dialogue whose shown answer is right or wrong by chance, labelled with ``taught`` and with a true verdict."""
+        """A dialogue whose shown answer is right or wrong by chance, labelled with ``taught`` and a true verdict."""
         right = self.rng.random() < 0.5
         asked = self.cached(f" {question.text}") + self.answer_cue
         shown = self.cached(f" {question.answer if right else question.wrong}") + self.eos
