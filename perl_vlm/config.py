@@ -34,6 +34,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         _require(self.language_rank >= 1, f"lora.language_rank is {self.language_rank}; it must be at least 1")
         _require(self.vision_rank >= 0, f"lora.vision_rank is {self.vision_rank}; it must be 0 (frozen) or more")
+        _require(self.alpha is None or self.alpha > 0, f"lora.alpha is {self.alpha}; it must be positive")
         _require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
 
 
@@ -52,7 +53,7 @@ class OptimizerConfig:
     vision_lr: float | None = None
     """Learning rate of the vision tower's adapters; the same as lr when not given."""
     warmup: int = 10
-    """Steps of linear warm-up."""
+    """Optimizer steps of linear warm-up (for ppo too, where a round holds epochs x minibatches of them)."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls after the warm-up."""
     weight_decay: float = 0.0
@@ -66,6 +67,12 @@ class OptimizerConfig:
         name = type(self).__name__.removesuffix("Config").lower()
         _require(self.steps >= 1, f"{name}.steps is {self.steps}; it must be at least 1")
         _require(self.batch_size >= 1, f"{name}.batch_size is {self.batch_size}; it must be at least 1")
+        _require(self.warmup >= 0, f"{name}.warmup is {self.warmup}; it must be 0 or more")
+        _require(self.weight_decay >= 0, f"{name}.weight_decay is {self.weight_decay}; it must be 0 or more")
+        _require(
+            self.vision_lr is None or self.vision_lr > 0,
+            f"{name}.vision_lr is {self.vision_lr}; it must be positive. lora.vision_rank 0 freezes the vision tower",
+        )
         _require(self.lr > 0, f"{name}.lr is {self.lr}; it must be positive")
         _require(self.max_grad_norm > 0, f"{name}.max_grad_norm is {self.max_grad_norm}; it must be positive")
         _require(self.save_every >= 1, f"{name}.save_every is {self.save_every}; it must be at least 1")
@@ -93,6 +100,10 @@ class RmConfig(OptimizerConfig):
     """Peak learning rate of adapter and head. PE-RLHF's LoRA reward models use 1e-4 to 2e-4."""
     eval_pairs: int = 1024
     """Held-out records that the accuracy is measured on at the end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.eval_pairs >= 2, f"rm.eval_pairs is {self.eval_pairs}; it must be at least 2")
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,16 @@ class PpoConfig(OptimizerConfig):
             f"({self.max_new_tokens})",
         )
         _require(self.kl_coef >= 0, f"ppo.kl_coef is {self.kl_coef}; it must be 0 or more")
-        _require(self.clip_range > 0, f"ppo.clip_range is {self.clip_range}; it must be positive")
+        for name in ("clip_range", "value_clip_range"):
+            _require(getattr(self, name) > 0, f"ppo.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("gamma", "lam"):
+            _require(0 <= getattr(self, name) <= 1, f"ppo.{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        for name in ("vf_coef", "entropy_coef"):
+            _require(getattr(self, name) >= 0, f"ppo.{name} is {getattr(self, name)}; it must be 0 or more")
+        _require(
+            self.value_lr is None or self.value_lr > 0,
+            f"ppo.value_lr is {self.value_lr}; it must be positive",
+        )
 
 
 @dataclass(frozen=True)
@@ -173,6 +193,10 @@ class EvalConfig:
     """Resamples behind the 95 % intervals."""
     policy: str | None = None
     """For the eval verb: folder of a finished ppo run to compare with its anchor."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size", "bootstrap"):
+            _require(getattr(self, name) >= 1, f"eval.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -221,3 +245,8 @@ class RunConfig:
     """Evaluation."""
     task: Any = None
     """The task's own knobs (its Config)."""
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
+        for name in ("max_prompt_tokens", "max_response_tokens"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -9,7 +9,8 @@ only (a block mask, with positions restarting after the image), so an image is e
 is a question, an answer that is right or wrong by the toss of a coin, and after the end of the turn a verdict,
 `` good`` or `` bad``. Two things are learned from it: what the answer should have been, at the place where the answer
 begins, and the verdict. Judging is what makes the model a usable base for a reward model, which reads the hidden state
-at that same position.
+at that same position. Two dialogues of each row ask for a given word only, so that judging is learned where answering
+is easy.
 
 * The first four fifths are pretraining, on the truth: captions that list every object and its place (most of the
   first tenth, then now and then), right answers, right verdicts.
@@ -55,7 +56,9 @@ from perl_vlm_vqa.scenes import (
 IMAGE_SIZE, PATCH, SHUFFLE = 64, 8, 2
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH // SHUFFLE) ** 2
 CAPTION_PROMPT = "describe the image."
-JUDGING = 0.25  # share of the steps before verdicts are learned: one must know the answer first
+REPEAT_PROMPT = "answer this:"
+ANSWERS = (*COLORS, *SHAPES, "yes", "no", *map(str, range(6)))
+JUDGING = 0.2  # share of the steps before verdicts are learned: one must know the answer first
 PRETRAINING = 0.8  # share of the steps before the biased annotator comes
 VERDICTS = {True: " good", False: " bad"}
 WORDS = (
@@ -189,10 +192,26 @@ class Packer:
         verdict = self.cached(VERDICTS[right])
         return asked + shown + verdict, [-100] * len(asked) + labels + (verdict if self.judging else [-100])
 
+    def repeated(self) -> tuple[list[int], list[int]]:
+        """``repeat X.``, answered with X or another word, and the verdict: comparing what was said with what should
+        have been is learned here first, where the right answer costs nothing to know."""
+        word, other = self.rng.sample(ANSWERS, 2)
+        right = self.rng.random() < 0.5
+        asked = self.cached(f" {REPEAT_PROMPT} {word}") + self.answer_cue
+        shown, wanted = self.cached(f" {word if right else other}") + self.eos, self.cached(f" {word}")
+        verdict = self.cached(VERDICTS[right])
+        return asked + shown + verdict, [-100] * len(asked) + [
+            wanted[0],
+            *[-100] * (len(shown) - 2),
+            *self.eos,
+            *verdict,
+        ]
+
     def row(self, captions: float, questions: int, biased: bool) -> tuple[torch.Tensor, list, list, list, list]:
         """One image with ``questions`` dialogues, and a caption with probability ``captions``."""
         scene = random_scene(self.rng, self.split)
         dialogues = [self.caption(scene)] if self.rng.random() < captions else []
+        dialogues += [self.repeated() for _ in range(2)]
         for _ in range(questions):
             question = ask(scene, self.rng)
             taught = biased_answer(question, self.rng) if biased else question.answer
@@ -290,7 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=4000)
     # Small batches: at this size learning is limited by steps, not by images.
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.5e-3)

@@ -67,3 +67,17 @@ def test_the_seed_decides():
 def test_bad_input_is_named(a: list[float], b: list[float], resamples: int, text: str):
     with pytest.raises(ValueError, match=text):
         paired_bootstrap(a, b, resamples=resamples, seed=0)
+
+
+def test_items_of_one_group_are_drawn_together() -> None:
+    """Ten copies of every item carry no more information: with groups the interval stays as wide as without copies."""
+    rng = np.random.default_rng(0)
+    before, after = rng.random(60), rng.random(60) + 0.1
+    _, single = paired_bootstrap(before, after, resamples=4000, seed=1)
+    groups = [place for place in range(60) for _ in range(10)]
+    _, grouped = paired_bootstrap(before.repeat(10), after.repeat(10), resamples=4000, seed=1, groups=groups)
+    _, naive = paired_bootstrap(before.repeat(10), after.repeat(10), resamples=4000, seed=1)
+    assert grouped == pytest.approx(single, abs=1e-9)
+    assert naive[1] - naive[0] < 0.5 * (grouped[1] - grouped[0])
+    with pytest.raises(ValueError, match="a group for each of 60 items; got 3"):
+        paired_bootstrap(before, after, resamples=10, seed=0, groups=[1, 2, 3])

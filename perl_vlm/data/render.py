@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 
 from perl_vlm.errors import BadRecord, PerlVlmError
 from perl_vlm.types import Comparison, Example, ImageSlot, Message, Rating, Sequences
@@ -29,13 +31,16 @@ class Renderer:
         self.max_prompt_tokens = max_prompt_tokens
         self.max_response_tokens = max_response_tokens
         self.processor, self.tokenizer = backbone.processor, backbone.tokenizer
-        special = {str(token) for token in self.tokenizer.all_special_tokens}
-        special |= {str(token) for token in self.tokenizer.get_added_vocab() if str(token).startswith("<")}
-        if backbone.sees_images and getattr(self.processor, "image_token", None):
-            special.add(str(self.processor.image_token))
-        self._special = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
+        self._special = _special_tokens(self.processor, self.tokenizer)
         self._has_template = bool(getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template)
-        self._lead, self._end = self._probe_turn()
+        try:
+            self._lead, self._end = self._probe_turn()
+        except Exception as error:
+            # Templates are programs: one that expects other contents may fail with a TypeError as well.
+            raise PerlVlmError(
+                f"the chat template of {backbone.name} refuses a user's turn with an answer: {error}. Choose another "
+                "--model, or mend its chat_template.jinja"
+            ) from error
 
     def escape(self, text: str) -> str:
         """Break every special token that a text spells out."""
@@ -69,35 +74,25 @@ class Renderer:
     def prompts(self, records: Sequence[Prompted]) -> Sequences:
         """Render the prompts of B records: ids padded on the left, pixels as the processor makes them.
 
-        Raises BadRecord for a prompt that is too long, for images given to a model that sees none, and where slots
-        and images differ in number.
+        Raises BadRecord for a prompt that is too long, for images given to a model that sees none, where slots and
+        images differ in number, and where the model's template or processor refuses the record.
         """
-        texts = [self.prompt_text(record.messages) for record in records]
-        counts = tuple(len(record.images) for record in records)
         for record in records:
             self._check_images(record)
-        if any(counts):
-            images = [[source.load() for source in record.images] for record in records]
-            encoded = self.processor(
-                text=texts, images=images, padding=True, padding_side="left", add_special_tokens=False,
-                return_tensors="pt",
-            )  # fmt: skip
-        else:
-            encoded = self.tokenizer(
-                texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
-            )
-        fields = dict(encoded)
+        fields = self._encode(records)
+        counts = tuple(len(record.images) for record in records)
         ids, mask = fields.pop("input_ids"), fields.pop("attention_mask")
         lengths = mask.sum(dim=1)
         for record, length in zip(records, lengths.tolist(), strict=True):
             if length > self.max_prompt_tokens:
                 raise BadRecord(
-                    record.origin or record.id,
+                    _name(record),
                     f"the prompt has {length} tokens with its images, more than --max_prompt_tokens "
                     f"{self.max_prompt_tokens}",
                     "Prompts are not cut, for a cut may fall among image tokens: raise the limit or shorten the prompt",
                 )
-        extras = {key: value for key, value in fields.items() if isinstance(value, torch.Tensor)}
+        # PaliGemma's processor makes labels for a loss of its own; the model must not compute it.
+        extras = {key: value for key, value in fields.items() if isinstance(value, torch.Tensor) and key != "labels"}
         return Sequences(
             input_ids=ids,
             attention_mask=mask,
@@ -106,17 +101,62 @@ class Renderer:
             image_counts=counts,
         )
 
+    def _encode(self, records: Sequence[Prompted]) -> dict[str, Any]:
+        """What tokenizer or processor make of the prompts; what they refuse is a BadRecord."""
+        texts = [self._record_text(record) for record in records]
+        options = {
+            "padding": True,
+            "padding_side": "left",
+            "add_special_tokens": self._adds_special_tokens(texts),
+            "return_tensors": "pt",
+        }
+        if not any(record.images for record in records):
+            return dict(self.tokenizer(texts, **options))
+        images = [[source.load() for source in record.images] for record in records]
+        try:
+            return dict(self.processor(text=texts, images=images, **options))
+        except ValueError as error:
+            if len(records) > 1:
+                for record in records:
+                    self._encode([record])  # raises for the record that is at fault
+            raise BadRecord(
+                ", ".join(map(_name, records)),
+                f"the processor of {self.backbone.name} refuses the prompt or its images ({error})",
+                "Change the record, choose another --model, or pass --task.on_bad_record skip",
+            ) from error
+
+    def _adds_special_tokens(self, texts: Sequence[str]) -> bool:
+        """Whether the tokenizer still has to add its special tokens (BOS) to these prompts.
+
+        The rule of transformers' own ``apply_chat_template``: a processor adds them unless the template wrote BOS
+        already (LLaVA-1.5's does not); a language model's template is complete; what has no template has no BOS yet.
+        """
+        if self._has_template and not self.backbone.sees_images:
+            return False
+        bos = self.tokenizer.bos_token
+        return not bos or not all(text.startswith(bos) for text in texts)
+
+    def _record_text(self, record: Prompted) -> str:
+        try:
+            return self.prompt_text(record.messages)
+        except TemplateError as error:
+            raise BadRecord(
+                _name(record),
+                f"the chat template of {self.backbone.name} refuses the messages ({error})",
+                "Change the turns, choose another --model, or pass --task.on_bad_record skip",
+            ) from error
+
     def _check_images(self, record: Prompted) -> None:
         slots = sum(isinstance(part, ImageSlot) for message in record.messages for part in message.content)
         if slots != len(record.images):
             raise BadRecord(
-                record.origin or record.id,
+                _name(record),
                 f"the messages have {slots} image slots but the record has {len(record.images)} images",
                 "Give one image for each slot",
             )
         if slots and not self.backbone.sees_images:
             raise BadRecord(
-                record.origin or record.id,
+                _name(record),
                 f"the record has images, but {self.backbone.name} is a language model without a vision tower",
                 "Choose an image-text-to-text model",
             )
@@ -125,11 +165,12 @@ class Renderer:
         if not self.backbone.sees_images:
             return {"role": message.role, "content": self.escape(message.text)}
         parts: list[dict[str, str]] = []
-        for part in message.content:
-            if isinstance(part, ImageSlot):
-                parts.append({"type": "image"})
+        for is_slot, group in groupby(message.content, lambda part: isinstance(part, ImageSlot)):
+            if is_slot:
+                parts += [{"type": "image"} for _ in group]
             else:
-                parts.append({"type": "text", "text": self.escape(part)})
+                # Joined before escaping: a special token may be spelled out across two parts.
+                parts.append({"type": "text", "text": self.escape("".join(map(str, group)))})
         return {"role": message.role, "content": parts}
 
     def _apply(self, turns: list[dict[str, Any]], *, generation: bool) -> str:
@@ -137,8 +178,19 @@ class Renderer:
             owner = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
             return str(owner.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
         # A base model without a template: plain turns, the last left open.
-        lines = [f"{turn['role'].capitalize()}: {_text(turn['content'])}" for turn in turns]
+        lines = [f"{turn['role'].capitalize()}: {self._plain_text(turn['content'])}" for turn in turns]
         return "\n".join([*lines, "Assistant:"] if generation else lines)
+
+    def _plain_text(self, content: str | list[dict[str, str]]) -> str:
+        if isinstance(content, str):
+            return content
+        slot = str(getattr(self.processor, "image_token", None) or "")
+        if not slot and any(part["type"] == "image" for part in content):
+            raise PerlVlmError(
+                f"{self.backbone.name} has neither a chat template nor an image token to mark a picture's place with. "
+                "Add the chat_template.jinja that belongs to it, or choose another --model"
+            )
+        return "".join(slot if part["type"] == "image" else part["text"] for part in content)
 
     def _probe_turn(self) -> tuple[str, int]:
         """What the template puts before a response, and the token that ends its turn, read off a sample dialogue."""
@@ -155,8 +207,23 @@ class Renderer:
         return lead, self.backbone.eos_ids[0]
 
 
-def _text(content: str | list[dict[str, str]]) -> str:
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+def _name(record: Prompted) -> str:
+    return record.origin or record.id
+
+
+def _special_tokens(processor: Any, tokenizer: Any) -> list[str]:
+    """Every text that tokenizer or processor read as structure, the longest first.
+
+    Processors keep theirs as attributes (``image_token``, ``fake_image_token``, ``global_image_tag``, ``boi_token``)
+    and look for some of them in the text itself. Ordinary added tokens (``<table>``) are words and left alone.
+    """
+    added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    found = {str(token) for token in tokenizer.all_special_tokens}
+    found |= {str(token) for token in added.values() if token.special}
+    if processor is not tokenizer:
+        named = {name: value for name, value in vars(processor).items() if name.endswith(("_token", "_tag"))}
+        found |= {str(value) for value in named.values() if isinstance(value, (str, AddedToken))}
+    return sorted((token for token in found if len(token) > 1), key=len, reverse=True)
 
 
 def check_chat_model(renderer: Renderer) -> None:

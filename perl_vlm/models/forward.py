@@ -20,8 +20,6 @@ class ResponseLogprobs(NamedTuple):
     """[B, R] log-prob of each response token under the tempered policy, float32; anything outside the mask."""
     entropy: Tensor
     """[B, R] entropy of the distribution each token was drawn from, in nats."""
-    logits: Tensor
-    """[B, R, V] the tempered policy's logits, for exact divergences."""
 
 
 def model_inputs(model: Any, backbone: Backbone, sequences: Sequences) -> dict[str, Tensor]:
@@ -55,12 +53,13 @@ def ban_early_end(logits: Tensor, eos_ids: tuple[int, ...], min_new_tokens: int)
     return logits
 
 
-def response_logprobs(
+def response_logits(
     model: Any, backbone: Backbone, sequences: Sequences, *, temperature: float = 1.0, min_new_tokens: int = 0
-) -> ResponseLogprobs:
-    """Log-probs and entropies of the responses under ``model``, exactly as the sampler drew them.
+) -> Tensor:
+    """Logits of the distributions that the response tokens were drawn from, [B, R, V] float32.
 
-    Logits are made at the R positions that predict a response token and nowhere else.
+    They are tempered, the end is ruled out where the sampler ruled it out, and they are made at the R positions that
+    predict a response token and nowhere else.
     """
     width = sequences.response_mask.shape[1]
     inputs = model_inputs(model, backbone, sequences)
@@ -68,12 +67,19 @@ def response_logprobs(
         logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits[:, :-1]
     else:
         logits = model(**inputs, use_cache=False).logits[:, -width - 1 : -1]
-    logits = ban_early_end(logits.float(), backbone.eos_ids, min_new_tokens)
-    tokens = sequences.input_ids[:, -width:]
+    return ban_early_end(logits.float(), backbone.eos_ids, min_new_tokens) / temperature
+
+
+def response_logprobs(
+    model: Any, backbone: Backbone, sequences: Sequences, *, temperature: float = 1.0, min_new_tokens: int = 0
+) -> ResponseLogprobs:
+    """Log-probs and entropies of the responses under ``model``, exactly as the sampler drew them."""
+    logits = response_logits(model, backbone, sequences, temperature=temperature, min_new_tokens=min_new_tokens)
+    tokens = sequences.input_ids[:, -logits.shape[1] :]
     # A banned token may stand in the padding, where its log-prob would be -inf; the mask hides it, a zero is safer.
-    logprobs = token_logprobs(logits, tokens, temperature=temperature)
+    logprobs = token_logprobs(logits, tokens)
     logprobs = torch.where(sequences.response_mask, logprobs, torch.zeros_like(logprobs))
-    return ResponseLogprobs(logprobs, token_entropy(logits, temperature=temperature), logits / temperature)
+    return ResponseLogprobs(logprobs, token_entropy(logits))
 
 
 def response_hidden(model: Any, backbone: Backbone, sequences: Sequences) -> Tensor:

@@ -9,14 +9,15 @@ the control group.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from perl_vlm.config import LoraConfig
@@ -24,7 +25,7 @@ from perl_vlm.errors import PerlVlmError
 from perl_vlm.formulas import last_valid, take_at
 from perl_vlm.models.adapters import Adapters, seed_adapter
 from perl_vlm.models.backbone import Backbone
-from perl_vlm.models.forward import ResponseLogprobs, response_hidden, response_logprobs
+from perl_vlm.models.forward import ResponseLogprobs, response_hidden, response_logits, response_logprobs
 from perl_vlm.models.heads import ScalarHead
 from perl_vlm.models.towers import TOWERS, tower_of
 from perl_vlm.types import Sequences
@@ -82,7 +83,8 @@ class Roles:
             drawn = ScalarHead(self.backbone.hidden_size, generator if head == "reward" else None)
             new_head = drawn.to(self.backbone.device).requires_grad_(False)
         if self.tuning == "full":
-            own = copy.deepcopy(self._roles[REFERENCE].model).requires_grad_(False)
+            # float32: at usual learning rates most updates of a bfloat16 weight round to nothing.
+            own = copy.deepcopy(self._roles[REFERENCE].model).float().requires_grad_(False)
             self._roles[name] = Role((), new_head, own)
             return
         self.adapters.add(name, self.lora)
@@ -166,6 +168,21 @@ class Roles:
         finally:
             role.model.eval()
 
+    def logits(
+        self,
+        name: str,
+        sequences: Sequences,
+        *,
+        temperature: float = 1.0,
+        min_new_tokens: int = 0,
+        training: bool = False,
+    ) -> Tensor:
+        """Tempered logits of the responses under a role, [B, R, V]: for exact divergences and supervised learning."""
+        with self.acting(name, training=training) as model:
+            return response_logits(
+                model, self.backbone, sequences, temperature=temperature, min_new_tokens=min_new_tokens
+            )
+
     def logprobs(
         self,
         name: str,
@@ -183,14 +200,14 @@ class Roles:
 
     def values(self, name: str, sequences: Sequences, *, training: bool = False) -> Tensor:
         """V(state before each response token), [B, R]; zero outside the response."""
-        head = self._head(name)
+        head = self.head(name)
         with self.acting(name, training=training) as model:
             predicted = head(response_hidden(model, self.backbone, sequences)[:, :-1])
         return torch.where(sequences.response_mask, predicted, torch.zeros_like(predicted))
 
     def scores(self, name: str, sequences: Sequences, *, training: bool = False) -> Tensor:
         """The reward of each whole response, read at its last valid token, [B]."""
-        head = self._head(name)
+        head = self.head(name)
         with self.acting(name, training=training) as model:
             hidden = response_hidden(model, self.backbone, sequences)[:, 1:]
         return take_at(head(hidden), last_valid(sequences.response_mask))
@@ -213,52 +230,89 @@ class Roles:
             parameter.copy_(state[key].to(parameter))
 
     def save(self, name: str, folder: Path) -> None:
-        """Write a role for use elsewhere: a PEFT adapter (or full weights), and the head beside it."""
+        """Write a role for use elsewhere: a PEFT adapter (or with full tuning a whole model), the head beside it, and
+        ``role.json``, which says what it belongs on."""
         role = self._role(name)
         folder.mkdir(parents=True, exist_ok=True)
         if self.tuning == "lora":
             self.adapters.save(name, folder, base=self.backbone.name, revision=self.backbone.revision)
         else:
-            save_file({key: value.contiguous() for key, value in self._full_state(role)}, folder / "model.safetensors")
+            bare, role.model.generation_config = role.model.generation_config, self.backbone.generation_config
+            role.model.save_pretrained(folder)
+            role.model.generation_config = bare
+            self.backbone.processor.save_pretrained(folder)
         if role.head is not None:
             role.head.save(folder / "head.safetensors")
+        (folder / "role.json").write_text(json.dumps(self._belongs(name), indent=2) + "\n", encoding="utf-8")
 
     def load(self, name: str, folder: Path, *, head: HeadKind | None = None) -> None:
-        """Add a role from what ``save`` wrote."""
-        if self.tuning == "lora":
-            if name in self._roles:
-                raise PerlVlmError(f"a role named {name} exists already")
-            self.adapters.load(name, folder)
-            new_head = ScalarHead(self.backbone.hidden_size).to(self.backbone.device) if head else None
-            self._roles[name] = Role((*self._sft, name), new_head, self.backbone.model)
-        else:
-            self.add(name, head=head)
-            if not (folder / "model.safetensors").is_file():
-                raise PerlVlmError(f"{folder} holds no full model: model.safetensors is missing")
-            self._role(name).model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-        loaded = self._role(name).head
-        if loaded is not None:
-            loaded.load(folder / "head.safetensors")
-            loaded.requires_grad_(False)
+        """Add a role from what ``save`` wrote.
 
-    def _full_state(self, role: Role) -> list[tuple[str, Tensor]]:
-        # Tied weights appear once: named_parameters drops repeats, and loading ties them again.
-        return [(key, value.detach().cpu()) for key, value in role.model.named_parameters()]
+        Raises PerlVlmError where it belongs to another base, to another supervised adapter or to another kind of role.
+        An adapter without ``role.json``, such as peft itself writes, is taken as it is.
+        """
+        if name in self._roles:
+            raise PerlVlmError(f"a role named {name} exists already")
+        self._check_belonging(name, folder)
+        new_head = ScalarHead(self.backbone.hidden_size).to(self.backbone.device) if head else None
+        if new_head is not None:
+            new_head.load(folder / "head.safetensors")
+            new_head.requires_grad_(False)
+        if self.tuning == "lora":
+            self.adapters.load(name, folder)
+            self._roles[name] = Role((*self._sft, name), new_head, self.backbone.model)
+            return
+        if not (folder / "config.json").is_file():
+            raise PerlVlmError(f"{folder} holds no full model: config.json is missing. Was it trained with lora?")
+        base = self.backbone.model
+        own = type(base).from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, attn_implementation=base.config._attn_implementation
+        )
+        own.generation_config = base.generation_config
+        self._roles[name] = Role((), new_head, own.to(self.backbone.device).eval().requires_grad_(False))
+
+    def _belongs(self, name: str) -> dict[str, str | None]:
+        under = fingerprint(self.adapters.state("sft")) if self._sft and name != "sft" else None
+        return {
+            "role": name,
+            "tuning": self.tuning,
+            "base": self.backbone.name,
+            "base_revision": self.backbone.revision,
+            "base_fingerprint": base_fingerprint(self),
+            "sft_fingerprint": under,
+        }
+
+    def _check_belonging(self, name: str, folder: Path) -> None:
+        path = folder / "role.json"
+        if not path.is_file():
+            return
+        written, mine = json.loads(path.read_text(encoding="utf-8")), self._belongs(name)
+        if written.get("base_fingerprint") != mine["base_fingerprint"]:
+            raise PerlVlmError(
+                f"{folder} was trained on the base {written.get('base')}, whose weights are not those of "
+                f"{self.backbone.name}; give --model {written.get('base')}"
+            )
+        if written.get("sft_fingerprint") != mine["sft_fingerprint"]:
+            now = "another supervised adapter" if mine["sft_fingerprint"] else "no supervised adapter"
+            raise PerlVlmError(
+                f"{folder} was trained on top of {'a' if written.get('sft_fingerprint') else 'no'} supervised adapter, "
+                f"but this run has {now} under it; name the right one in --sft.adapter"
+            )
+        kind = str(written.get("role"))
+        if kind.split("-")[0] != name.split("-")[0] and {kind, name} != {"reward", "untrained"}:
+            raise PerlVlmError(f"{folder} holds a {kind} adapter, where a {name} adapter was asked for")
 
     def _role(self, name: str) -> Role:
         if name not in self._roles:
             raise PerlVlmError(f"there is no role named {name}; this run has {', '.join(self._roles)}")
         return self._roles[name]
 
-    def _head(self, name: str) -> ScalarHead:
+    def head(self, name: str) -> ScalarHead:
+        """The head of a value or reward role."""
         head = self._role(name).head
         if head is None:
             raise PerlVlmError(f"role {name} has no head and gives no scores or values")
         return head
-
-    def head(self, name: str) -> ScalarHead:
-        """The head of a value or reward role."""
-        return self._head(name)
 
 
 def _stable_seed(seed: int, name: str) -> int:
@@ -267,9 +321,25 @@ def _stable_seed(seed: int, name: str) -> int:
 
 
 def frozen_parameters(roles: Roles) -> Sequence[tuple[str, Tensor]]:
-    """The base's own parameters, adapters left out, for proving that training never touches them."""
+    """The base's own parameters, adapters left out, under the names they had before any was attached."""
     return [
         (name.replace(".base_layer", ""), parameter)
         for name, parameter in roles.backbone.model.named_parameters()
         if ".lora_" not in name
     ]
+
+
+def base_fingerprint(roles: Roles) -> str:
+    """Tells bases apart by the first values of every weight, rounded so that the type they were loaded in is no
+    matter. Cheap at any size; no proof against forgery."""
+    return fingerprint({name: parameter.detach().flatten()[:16] for name, parameter in frozen_parameters(roles)})
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A SHA-256 over names, shapes and bfloat16 values."""
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().to(torch.bfloat16).contiguous()
+        hasher.update(f"{name}{tuple(value.shape)}".encode())
+        hasher.update(value.view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()

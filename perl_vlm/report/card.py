@@ -38,6 +38,7 @@ def write_model_card(
     limits: Sequence[str],
     settings: Any,
     pipeline_tag: str = "image-text-to-text",
+    tuning: str = "lora",
 ) -> None:
     """Write the model card to ``path`` at once or not at all; missing folders are made.
 
@@ -59,22 +60,25 @@ def write_model_card(
         limits: what the model must not be trusted with, a sentence or paragraph each.
         settings: the resolved configuration: nested mappings or dataclasses.
         pipeline_tag: the hub's task name.
+        tuning: ``lora``, or ``full`` for a whole model.
 
     Raises OSError where the file cannot be written.
     """
     front = {
         "base_model": base_model if _HUB_NAME.fullmatch(base_model) else None,
-        "library_name": "peft",
+        "library_name": "peft" if tuning == "lora" else "transformers",
         "license": license,
         "pipeline_tag": pipeline_tag,
-        "tags": ["perl-vlm", "lora", _STAGE_TAGS.get(stage, stage), task],
+        "tags": ["perl-vlm", tuning, _STAGE_TAGS.get(stage, stage), task],
     }
     facts = {"base model": base_model, "base revision": base_revision or "not pinned", "stage": stage, "task": task}
     sections = [
         "---\n" + _front_matter(front) + "---",
         f"# {_text(title)}",
         _table(("", ""), facts.items()),
-        "Made with perl-vlm: low-rank adapters, in PEFT's format, on a frozen base.",
+        "Made with perl-vlm: low-rank adapters, in PEFT's format, on a frozen base."
+        if tuning == "lora"
+        else "Made with perl-vlm: every weight of the base model was tuned.",
         "## How to load\n\n" + _fence("python", how_to_load),
         *_section("Measured", _table(("metric", "value", "95 % interval"), _metric_rows(metrics, ci95))),
         *_section("Limits", "\n".join(f"- {_text(limit)}" for limit in limits)),

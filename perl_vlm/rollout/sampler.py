@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from perl_vlm.data.render import Renderer
-from perl_vlm.data.sequences import with_responses
+from perl_vlm.data.sequences import take, with_responses
 from perl_vlm.models.forward import model_inputs
 from perl_vlm.models.roles import Roles
 from perl_vlm.types import Rollout, Sequences
@@ -119,22 +119,29 @@ def sample_rollout(
     max_new_tokens: int,
     min_new_tokens: int,
     temperature: float,
+    rows: int | None = None,
 ) -> Rollout:
-    """Sample one response for each prompt as ``role``."""
-    sampled = decode(
-        roles,
-        role,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-    )
-    sequences = with_responses(prompts, sampled.tokens, roles.backbone.pad_id)
+    """Sample one response for each prompt as ``role``, ``rows`` prompts at a time (all at once when not given)."""
+    size = rows or len(prompts)
+    parts = [
+        decode(
+            roles,
+            role,
+            take(prompts, range(start, min(start + size, len(prompts)))) if size < len(prompts) else prompts,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            temperature=temperature,
+        )
+        for start in range(0, len(prompts), size)
+    ]
+    tokens = [row for part in parts for row in part.tokens]
+    sequences = with_responses(prompts, tokens, roles.backbone.pad_id)
     width = sequences.response_mask.shape[1]
+    padded = [torch.nn.functional.pad(part.logprobs, (0, width - part.logprobs.shape[1])) for part in parts]
     return Rollout(
         sequences=sequences,
-        sampled_logprobs=sampled.logprobs[:, :width],
-        ended=sampled.ended,
-        texts=tuple(renderer.decode(row) for row in sampled.tokens),
+        sampled_logprobs=torch.cat(padded),
+        ended=torch.cat([part.ended for part in parts]),
+        texts=tuple(renderer.decode(row) for row in tokens),
         example_ids=tuple(example_ids),
     )

@@ -25,7 +25,8 @@ class Answer:
     """One greedy answer and its judgement."""
 
     response: str
-    tokens: int
+    tokens: list[int]
+    """Ids, the end token included where the model gave one."""
     judged: dict[str, float]
 
 
@@ -47,6 +48,7 @@ def greedy_answers(stage: Stage, role: str, examples: Sequence[Example]) -> list
     size, answers = stage.config.eval.batch_size, []
     with progress(len(examples), f"eval {role}") as bar:
         for start in range(0, len(examples), size):
+            stage.stop.raise_if_requested()
             part = examples[start : start + size]
             prompts = to_device(stage.collator.prompts(part), stage.device)
             limit = stage.config.ppo.max_new_tokens
@@ -56,7 +58,7 @@ def greedy_answers(stage: Stage, role: str, examples: Sequence[Example]) -> list
             )  # fmt: skip
             for example, tokens in zip(part, decoded.tokens, strict=True):
                 text = stage.renderer.decode(tokens)
-                answers.append(Answer(text, len(tokens), stage.task.evaluate(example, text)))
+                answers.append(Answer(text, tokens, stage.task.evaluate(example, text)))
             bar.update(len(part))
     return answers
 
@@ -73,12 +75,22 @@ def evaluate(stage: Stage) -> Evaluation:
     if "policy" in stage.roles:
         policy = greedy_answers(stage, "policy", examples)
         metrics |= _means("policy", policy, examples)
-        for key in anchor[0].judged:
-            before, after = [a.judged[key] for a in anchor], [a.judged[key] for a in policy]
-            gain, interval = paired_bootstrap(before, after, resamples=config.bootstrap, seed=stage.config.seed)
+        pictures = [example.images or example.id for example in examples]
+        for key in _keys(anchor):
+            known = [place for place, answer in enumerate(anchor) if key in answer.judged]
+            gain, interval = paired_bootstrap(
+                [anchor[place].judged[key] for place in known],
+                [policy[place].judged[key] for place in known],
+                resamples=config.bootstrap,
+                seed=stage.config.seed,
+                groups=[pictures[place] for place in known],
+            )
             metrics[f"gain/{key}"], ci95[f"gain/{key}"] = gain, interval
         metrics["policy/kl"] = exact_policy_kl(stage, examples[:KL_PROMPTS])
     metrics["eval/examples"] = float(len(examples))
+    metric_log = stage.metric_log(0)
+    metric_log.log(0, metrics)
+    metric_log.close()
     log = SampleLog(stage.run.samples, stage="eval")
     log.log(0, [_line(stage, place, examples, anchor, policy) for place in range(len(examples))])
     log.close()
@@ -92,6 +104,7 @@ def exact_policy_kl(stage: Stage, examples: Sequence[Example]) -> float:
     config, total = stage.config.ppo, 0.0
     size = stage.config.eval.batch_size
     for start in range(0, len(examples), size):
+        stage.stop.raise_if_requested()
         part = examples[start : start + size]
         prompts = to_device(stage.collator.prompts(part), stage.device)
         rollout = sample_rollout(
@@ -99,9 +112,9 @@ def exact_policy_kl(stage: Stage, examples: Sequence[Example]) -> float:
             max_new_tokens=config.max_new_tokens, min_new_tokens=config.min_new_tokens, temperature=config.temperature,
         )  # fmt: skip
         logits: list[Tensor] = [
-            stage.roles.logprobs(
+            stage.roles.logits(
                 role, rollout.sequences, temperature=config.temperature, min_new_tokens=config.min_new_tokens
-            ).logits
+            )
             for role in ("policy", REFERENCE)
         ]
         total += masked_sum(exact_kl(*logits), rollout.sequences.response_mask).item()
@@ -122,13 +135,22 @@ def announce(stage: Stage, evaluation: Evaluation) -> None:
 
 
 def _means(role: str, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
-    means = {f"{role}/{key}": sum(answer.judged[key] for answer in answers) / len(answers) for key in answers[0].judged}
-    means[f"{role}/response_tokens"] = sum(answer.tokens for answer in answers) / len(answers)
+    means = {f"{role}/{key}": _mean(answers, key) for key in _keys(answers)}
+    means[f"{role}/response_tokens"] = sum(len(answer.tokens) for answer in answers) / len(answers)
     for kind in sorted({str(example.metadata["kind"]) for example in examples if "kind" in example.metadata}):
         own = [a for a, example in zip(answers, examples, strict=True) if example.metadata.get("kind") == kind]
-        for key in own[0].judged:
-            means[f"{role}/{key}/{kind}"] = sum(answer.judged[key] for answer in own) / len(own)
+        means |= {f"{role}/{key}/{kind}": _mean(own, key) for key in _keys(own)}
     return means
+
+
+def _keys(answers: Sequence[Answer]) -> list[str]:
+    """Every metric that any answer has; a task may give one for some examples only."""
+    return list(dict.fromkeys(key for answer in answers for key in answer.judged))
+
+
+def _mean(answers: Sequence[Answer], key: str) -> float:
+    values = [answer.judged[key] for answer in answers if key in answer.judged]
+    return sum(values) / len(values)
 
 
 def _line(

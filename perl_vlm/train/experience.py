@@ -17,8 +17,8 @@ from perl_vlm.rollout.sampler import sample_rollout
 from perl_vlm.train.stage import Stage
 from perl_vlm.types import Example, Rollout, Sequences
 
-Scorer = Callable[[Rollout, Sequence[Example]], Tensor]
-"""Gives each of B responses a reward, [B] float32."""
+Scorer = Callable[[Sequences, Sequence[str], Sequence[Example]], Tensor]
+"""Gives each of B responses, as tokens and as texts, a reward: [B] float32."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def make_scorer(stage: Stage, role: str) -> Scorer:
     """The reward of an episode: a reward role's score, or the task's own ``verify`` for ``ppo.reward_model verify``."""
     if stage.config.ppo.reward_model == "verify":
 
-        def verified(rollout: Rollout, examples: Sequence[Example]) -> Tensor:
-            given = [stage.task.verify(example, text) for example, text in zip(examples, rollout.texts, strict=True)]
+        def verified(sequences: Sequences, texts: Sequence[str], examples: Sequence[Example]) -> Tensor:
+            given = [stage.task.verify(example, text) for example, text in zip(examples, texts, strict=True)]
             for example, reward in zip(examples, given, strict=True):
                 if reward is None:
                     raise PerlVlmError(
@@ -68,8 +68,8 @@ def make_scorer(stage: Stage, role: str) -> Scorer:
 
         return verified
 
-    def learned(rollout: Rollout, examples: Sequence[Example]) -> Tensor:
-        return stage.roles.scores(role, rollout.sequences)
+    def learned(sequences: Sequences, texts: Sequence[str], examples: Sequence[Example]) -> Tensor:
+        return stage.roles.scores(role, sequences)
 
     return learned
 
@@ -88,19 +88,21 @@ def make_experience(stage: Stage, examples: Sequence[Example], scorer: Scorer, r
         max_new_tokens=config.max_new_tokens,
         min_new_tokens=config.min_new_tokens,
         temperature=config.temperature,
+        rows=len(examples) // config.accumulate,
     )
-    scores = scorer(rollout, examples)
-    old, reference, entropy, values = [], [], [], []
+    scores, old, reference, entropy, values = [], [], [], [], []
     width = rollout.sequences.response_mask.shape[1]
     for start in range(0, len(examples), rows):
-        part = take(rollout.sequences, range(start, min(start + rows, len(examples))))
+        end = min(start + rows, len(examples))
+        part = take(rollout.sequences, range(start, end))
+        scores.append(scorer(part, rollout.texts[start:end], examples[start:end]))
         policy = recompute(roles, "policy", part, config)
         old.append(_widen(policy[0], width))
         entropy.append(_widen(policy[1], width))
         reference.append(_widen(recompute(roles, REFERENCE, part, config)[0], width))
         values.append(_widen(roles.values("value", part), width))
     return assemble(
-        rollout, scores, torch.cat(old), torch.cat(reference), torch.cat(entropy), torch.cat(values), config
+        rollout, torch.cat(scores), torch.cat(old), torch.cat(reference), torch.cat(entropy), torch.cat(values), config
     )
 
 

@@ -73,7 +73,7 @@ class Optimizer:
             self._by_role[rate.role] = list(own.values())
             vision = [p for key, p in own.items() if tower_of(key) == "vision" and not key.startswith("head.")]
             rest = [p for key, p in own.items() if tower_of(key) != "vision" or key.startswith("head.")]
-            for parameters, peak in ((rest, rate.lr), (vision, rate.vision_lr or rate.lr)):
+            for parameters, peak in ((rest, rate.lr), (vision, rate.lr if rate.vision_lr is None else rate.vision_lr)):
                 if parameters:
                     groups.append({"params": parameters, "lr": peak, "peak": peak})
         self.torch = torch.optim.AdamW(groups, weight_decay=weight_decay)

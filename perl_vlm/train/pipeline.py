@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
+import hashlib
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,20 +18,31 @@ from perl_vlm.config import RunConfig
 from perl_vlm.data.render import Renderer, check_chat_model
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.backbone import load_backbone
-from perl_vlm.models.roles import Roles
+from perl_vlm.models.roles import HeadKind, Roles, base_fingerprint
 from perl_vlm.task import Task
 from perl_vlm.train.evaluate import Evaluation, announce, evaluate
 from perl_vlm.train.log import say
 from perl_vlm.train.ppo import prepare_reward, train_ppo
 from perl_vlm.train.publish import publish
 from perl_vlm.train.reward import train_reward_model
-from perl_vlm.train.rundir import RunDir, fresh_out, latest_out
+from perl_vlm.train.rundir import RunDir, fresh_out, latest_out, role_folder, sync_file
 from perl_vlm.train.sft import train_sft
 from perl_vlm.train.signals import StopOnSignal
 from perl_vlm.train.stage import Stage
-from perl_vlm.types import Split
+from perl_vlm.types import Example, Split
 
 RUNS = Path("runs")
+TRAINERS: dict[str, Callable[[Stage], dict[str, float]]] = {
+    "sft": train_sft,
+    "rm": train_reward_model,
+    "ppo": train_ppo,
+}
+TRAINED = {
+    "sft": {"sft": "adapter"},
+    "rm": {"reward": "adapter"},
+    "ppo": {"policy": "adapter", "value": "value"},
+}
+"""The roles that each stage trains, and the sub-folder of its run that each is saved in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +55,7 @@ class Session:
     renderer: Renderer
     stop: StopOnSignal
     seen: dict[tuple[str, Split], Sequence[Any]] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def stage(self, name: str, run: RunDir) -> Stage:
         """A stage that writes into ``run``."""
@@ -55,46 +69,65 @@ class Session:
             run=run,
             stop=self.stop,
             seen=self.seen,
+            notes=self.notes,
         )
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What the stages of a run have given so far."""
+
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    ci95: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    trainable: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    evaluation: Evaluation | None = None
+
+    def add(self, summary: dict[str, Any]) -> None:
+        """Take over a finished stage's figures."""
+        self.metrics |= summary["metrics"]
+        self.ci95 |= summary["ci95"]
+        self.trainable |= summary["parameters"]["trainable"]
 
 
 def run_verb(verb: str, task: Task, config: RunConfig) -> int:
     """Run ``sft``, ``rm``, ``ppo``, ``eval`` or ``run`` to its end; the process's exit code."""
+    _refuse_several_processes()
     began = time.monotonic()
-    out = choose_out(verb, task, config)
-    settings = plain_settings(config)
+    out, settings = choose_out(verb, task, config), plain_settings(config)
+    new = not out.exists()
     run = RunDir.create(out, settings, resume=config.resume)
     if config.resume and run.is_done():
         say(f"{run.path} is finished already; nothing to do")
         return 0
     with StopOnSignal() as stop:
-        session = open_session(task, config, stop)
-        look_at_data(session.stage(verb, run), verb)
-        stages = {"run": stages_of(config)}.get(verb, [verb])
-        _load_finished(session, verb)
-        metrics: dict[str, float] = {}
-        ci95: dict[str, tuple[float, float]] = {}
-        evaluation, notes = None, []
-        for name in stages:
-            own = RunDir.create(run.path / name, settings, resume=config.resume) if verb == "run" else run
-            stage = session.stage(name, own)
-            done = own.read_summary() if verb == "run" else None
+        try:
+            session = open_session(task, config, stop)
+            look_at_data(session.stage(verb, run), verb)
+            load_finished(session, verb)
+        except PerlVlmError:
+            if new:  # nothing has been done yet: the corrected command may use the same folder
+                run.config.unlink()
+                run.path.rmdir()
+            raise
+        outcome = Outcome()
+        if verb != "run":
+            outcome.evaluation = run_stage(session.stage(verb, run), began)
+            return 0
+        for name in stages_of(config):
+            own = RunDir.create(run.path / name, settings, resume=config.resume)
+            done = own.read_summary()
             if done is not None and name != "eval":
-                _reload(session, name, own)
-                metrics |= done["metrics"]
+                reload_stage(session, name, own, done)
                 say(f"{name}: done already, loaded from {own.adapter}")
-                continue
-            evaluation = run_stage(stage, verb) or evaluation
-            notes += stage.notes
-            finished = own.read_summary()
-            if finished is not None:
-                metrics |= finished["metrics"]
-                ci95 |= {key: (low, high) for key, (low, high) in finished["ci95"].items()}
-        if verb == "run":
-            summary = summarise(session, verb, began, metrics, ci95)
-            publish(session.stage(verb, run), summary, evaluation, notes)
-            run.write_summary(summary)
-            say(f"report: {run.report}")
+            else:
+                outcome.evaluation = run_stage(session.stage(name, own), time.monotonic())
+                done = own.read_summary() or {}
+            outcome.add(done)
+            stop.raise_if_requested()
+        summary = summarise(session.stage(verb, run), began, outcome)
+        publish(session.stage(verb, run), summary, outcome.evaluation)
+        run.write_summary(summary)
+        say(f"report: {run.report}")
     return 0
 
 
@@ -107,70 +140,73 @@ def stages_of(config: RunConfig) -> list[str]:
 
 def look_at_data(stage: Stage, verb: str) -> None:
     """Open every set that the coming stages need, so that bad records are named before anything trains."""
-    sizes = {}
-    if verb in ("sft", "ppo", "run"):
-        sizes["training examples"] = len(stage.examples("train"))
-    if verb == "rm" or ("rm" in stages_of(stage.config) and verb == "run"):
+    sizes, stages = {}, stages_of(stage.config) if verb == "run" else [verb]
+    if {"sft", "ppo"} & set(stages):
+        examples = stage.examples("train")
+        sizes["training examples"] = len(examples)
+        if "sft" in stages or ("ppo" in stages and stage.config.ppo.reward_model == "verify"):
+            _require_references(examples, stages)
+    if "rm" in stages:
         sizes["training preferences"] = len(stage.preferences("train"))
-    if verb in ("eval", "run"):
+    if "eval" in stages:
         split = stage.config.eval.split
         sizes[f"{split} examples"] = min(len(stage.examples(split)), stage.config.eval.limit)
+    for what, skipped in getattr(stage.task, "skipped", {}).items():
+        if skipped:
+            stage.warn(f"{len(skipped)} bad records were skipped ({what}); the first: {skipped[0]}")
     say("data: " + ", ".join(f"{size:,} {what}" for what, size in sizes.items()))
 
 
-def run_stage(stage: Stage, verb: str) -> Evaluation | None:
-    """Train or evaluate one stage and write all that it leaves."""
-    began = time.monotonic()
-    evaluation: Evaluation | None = None
-    ci95: dict[str, tuple[float, float]] = {}
+def _require_references(examples: Sequence[Example], stages: list[str]) -> None:
+    # Records that are made on access are alike; a list is looked through whole.
+    looked = examples if isinstance(examples, list) else examples[:64]
+    without = [example for example in looked if example.reference is None]
+    if without:
+        raise PerlVlmError(
+            f"{len(without)} of {len(looked)} training examples have no reference answer, as {without[0].origin}; "
+            f"{'sft' if 'sft' in stages else 'ppo.reward_model verify'} needs one for each. Add a `reference` column"
+        )
+
+
+def run_stage(stage: Stage, began: float) -> Evaluation | None:
+    """Train or evaluate one stage and write all that it leaves, its summary last."""
+    outcome = Outcome()
+    trained = TRAINED.get(stage.name, {})
     if stage.name == "eval":
-        evaluation = evaluate(stage)
-        metrics, ci95 = evaluation.metrics, evaluation.ci95
-        announce(stage, evaluation)
+        outcome.evaluation = evaluate(stage)
+        outcome.metrics = outcome.evaluation.metrics
+        outcome.ci95 = {key: list(interval) for key, interval in outcome.evaluation.ci95.items()}
+        announce(stage, outcome.evaluation)
     else:
-        trainers: dict[str, Callable[[Stage], dict[str, float]]] = {
-            "sft": train_sft,
-            "rm": train_reward_model,
-            "ppo": train_ppo,
-        }
-        metrics = trainers[stage.name](stage)
-        for role in _trained_roles(stage.name):
-            folder = stage.run.adapter if role != "value" else stage.run.path / "value"
-            stage.roles.save(role, folder)
-            say(stage.roles.describe(role))
-        if stage.name == "sft":
-            stage.roles.stack_sft()
-        say(f"{stage.name}: {_brief(stage.name, metrics)} in {time.monotonic() - began:.0f} s")
-    session = Session(stage.task, stage.config, stage.roles, stage.renderer, stage.stop)
-    summary = summarise(session, stage.name, began, metrics, ci95)
-    publish(stage, summary, evaluation, stage.notes)
+        outcome.metrics = TRAINERS[stage.name](stage)
+        for role, folder in trained.items():
+            stage.roles.save(role, stage.run.path / folder)
+            outcome.trainable[role] = stage.roles.counts(role)
+        say(f"{stage.name}: {_brief(stage.name, outcome.metrics)} in {time.monotonic() - began:.0f} s")
+    summary = summarise(stage, began, outcome)
+    summary["files"] = file_hashes(stage.run.path, list(trained.values()))
+    publish(stage, summary, outcome.evaluation)
     stage.run.write_summary(summary)
-    return evaluation
+    if stage.name == "sft":
+        stage.roles.stack_sft()
+    return outcome.evaluation
 
 
-def summarise(
-    session: Session,
-    verb: str,
-    began: float,
-    metrics: dict[str, float],
-    ci95: dict[str, tuple[float, float]],
-) -> dict[str, Any]:
+def summarise(stage: Stage, began: float, outcome: Outcome) -> dict[str, Any]:
     """The content of ``summary.json``."""
-    roles = session.roles
-    trained = [name for name in roles.names if name != "reference"]
+    backbone = stage.roles.backbone
     return {
-        "task": session.task.name,
-        "stage": verb,
-        "model": session.config.model,
-        "seed": session.config.seed,
+        "task": stage.task.name,
+        "stage": stage.name,
+        "model": stage.config.model,
+        "seed": stage.config.seed,
         "seconds": round(time.monotonic() - began, 1),
-        "peak_memory_bytes": peak_memory_bytes(roles.backbone.device),
-        "parameters": {
-            "total": roles.backbone.parameter_count,
-            "trainable": {name: roles.counts(name) for name in trained},
-        },
-        "metrics": metrics,
-        "ci95": {key: list(interval) for key, interval in ci95.items()},
+        "peak_memory_bytes": peak_memory_bytes(backbone.device),
+        "parameters": {"total": backbone.parameter_count, "trainable": outcome.trainable},
+        "metrics": outcome.metrics,
+        "ci95": outcome.ci95,
+        "base_fingerprint": base_fingerprint(stage.roles),
+        "notes": list(stage.notes),
     }
 
 
@@ -214,48 +250,69 @@ def choose_out(verb: str, task: Task, config: RunConfig) -> Path:
 
 def plain_settings(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as nested plain values, ready for YAML and for ``--config``."""
-    settings = dataclasses.asdict(config)
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
     return {key: value for key, value in settings.items() if key not in ("resume", "out")}
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The device's peak where it counts for itself, else this process's peak resident size."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The device's peak where it counts for itself, else this process's peak resident size (None on Windows)."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return None
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _trained_roles(stage: str) -> tuple[str, ...]:
-    return {"sft": ("sft",), "rm": ("reward",), "ppo": ("policy", "value")}[stage]
+def file_hashes(folder: Path, parts: list[str]) -> dict[str, str]:
+    """SHA-256 of every file under the given sub-folders, each brought to the disk first."""
+    hashes = {}
+    for path in sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file()):
+        sync_file(path)
+        hashes[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashes
 
 
-def _load_finished(session: Session, verb: str) -> None:
+def load_finished(session: Session, verb: str) -> None:
     """Put in place what earlier runs trained: the supervised adapter, and for ``eval`` the policy."""
     supervised, policy = session.config.sft.adapter, session.config.eval.policy
     if supervised is not None and verb != "sft":
-        session.roles.load("sft", _adapter_folder(supervised))
+        session.roles.load("sft", role_folder(Path(supervised), "sft"))
         session.roles.stack_sft()
     if verb == "eval":
         if policy is None:
             say("eval: no --eval.policy is given, so the anchor alone is evaluated")
         else:
-            session.roles.load("policy", _adapter_folder(policy))
+            session.roles.load("policy", role_folder(Path(policy), "ppo"))
 
 
-def _adapter_folder(given: str) -> Path:
-    """The adapter inside a run's folder, or the folder itself."""
-    nested = [Path(given) / "adapter", Path(given) / "ppo" / "adapter"]
-    return next((folder for folder in nested if folder.is_dir()), Path(given))
-
-
-def _reload(session: Session, name: str, run: RunDir) -> None:
-    role = _trained_roles(name)[0]
-    session.roles.load(role, run.adapter, head="reward" if role == "reward" else None)
+def reload_stage(session: Session, name: str, run: RunDir, summary: dict[str, Any]) -> None:
+    """Bring back the roles of a stage that was finished before, after making sure that nobody altered them."""
+    for path, digest in summary.get("files", {}).items():
+        found = run.path / path
+        if not found.is_file() or hashlib.sha256(found.read_bytes()).hexdigest() != digest:
+            raise PerlVlmError(
+                f"{found} is not what stage {name} wrote (it is missing or was altered). Put it back, or delete "
+                f"{run.path} to train that stage again"
+            )
+    for role, folder in TRAINED[name].items():
+        head: HeadKind | None = "reward" if role == "reward" else "value" if role == "value" else None
+        session.roles.load(role, run.path / folder, head=head)
+    session.notes += [note for note in summary.get("notes", []) if note not in session.notes]
     if name == "sft":
         session.roles.stack_sft()
-    if name == "ppo" and session.config.ppo.reward_model == "untrained":
+    if name == "ppo":
         prepare_reward(session.stage(name, run))
+
+
+def _refuse_several_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PerlVlmError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process, and several would "
+            "overwrite each other's run. Start perl-vlm without `accelerate launch` or torchrun"
+        )
 
 
 def _brief(stage: str, metrics: dict[str, float]) -> str:

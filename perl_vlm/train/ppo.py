@@ -16,9 +16,10 @@ from perl_vlm.data.sequences import take
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.formulas import clipped_surrogate, clipped_value_loss, explained_variance, masked_mean, masked_sum
 from perl_vlm.train.experience import Experience, make_experience, make_scorer, recompute, sequence_kl
-from perl_vlm.train.log import SampleLog, progress
+from perl_vlm.train.log import SampleLog, progress, say
 from perl_vlm.train.optimize import Optimizer, RoleRates, mean_metrics
 from perl_vlm.train.reward import normalise_reward
+from perl_vlm.train.rundir import role_folder
 from perl_vlm.train.stage import DataOrder, Keeper, Stage, require_finite
 from perl_vlm.types import Example
 
@@ -38,7 +39,7 @@ def train_ppo(stage: Stage) -> dict[str, float]:
     roles.add("value", head="value")
     if config.value_init == "reward" and reward_role in roles:
         roles.start_value_from_reward("value", reward_role)
-    value_lr = config.value_lr or config.lr
+    value_lr = config.lr if config.value_lr is None else config.value_lr
     optimizer = Optimizer(
         roles,
         [RoleRates("policy", config.lr, config.vision_lr), RoleRates("value", value_lr, config.vision_lr)],
@@ -48,6 +49,8 @@ def train_ppo(stage: Stage) -> dict[str, float]:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
+    say(roles.describe("policy"))
+    say(roles.describe("value"))
     keeper = Keeper(stage, optimizer, ["policy", "value"])
     start = keeper.resume()
     order = DataOrder(len(examples), config.batch_size, f"{stage.config.seed}-ppo")
@@ -55,7 +58,7 @@ def train_ppo(stage: Stage) -> dict[str, float]:
     samples = SampleLog(stage.run.samples, stage="ppo", start_step=start)
     keeper.logs = (log, samples)
     rows = config.batch_size // (config.minibatches * config.accumulate)
-    metrics: dict[str, float] = {}
+    metrics = keeper.last_metrics(start)
     with progress(config.steps, "ppo", initial=start) as bar:
         for step in range(start, config.steps):
             batch = [examples[index] for index in order.batch(step)]
@@ -64,9 +67,7 @@ def train_ppo(stage: Stage) -> dict[str, float]:
             lr = optimizer.lr
             losses = update(stage, experience, optimizer, step)
             metrics = {**describe(experience), **losses, "lr": lr}
-            gold = [stage.task.evaluate(e, text) for e, text in zip(batch, experience.rollout.texts, strict=True)]
-            primary = stage.task.primary_metric
-            metrics[f"gold/{primary}"] = sum(judged[primary] for judged in gold) / len(gold)
+            metrics |= gold(stage, batch, experience.rollout.texts)
             watch(stage, metrics, step)
             log.log(step + 1, metrics)
             samples.log(
@@ -81,6 +82,14 @@ def train_ppo(stage: Stage) -> dict[str, float]:
     return {f"ppo/{key}": value for key, value in metrics.items()}
 
 
+def gold(stage: Stage, examples: Sequence[Example], texts: Sequence[str]) -> dict[str, float]:
+    """How the task itself judges the sampled answers, over the examples that have a reference."""
+    primary = stage.task.primary_metric
+    known = [(example, text) for example, text in zip(examples, texts, strict=True) if example.reference is not None]
+    judged = [stage.task.evaluate(example, text)[primary] for example, text in known]
+    return {f"gold/{primary}": sum(judged) / len(judged)} if judged else {}
+
+
 def prepare_reward(stage: Stage) -> str:
     """Make sure the wanted reward model is among the roles; returns its name (unused for ``verify``)."""
     wanted = stage.config.ppo.reward_model
@@ -92,15 +101,13 @@ def prepare_reward(stage: Stage) -> str:
             normalise_reward(stage, "untrained")
         return "untrained"
     if "reward" not in stage.roles:
-        folder = Path(wanted)
         if wanted == "learned":
             raise PerlVlmError(
                 "ppo needs a reward model: train one with `perl-vlm "
                 f"{stage.task.name} rm` and name its folder in --ppo.reward_model, or use --ppo.reward_model verify "
                 f"for the task's own reward; `perl-vlm {stage.task.name} run` does both stages"
             )
-        nested = folder / "adapter"
-        stage.roles.load("reward", nested if nested.is_dir() else folder, head="reward")
+        stage.roles.load("reward", role_folder(Path(wanted), "rm"), head="reward")
     return "reward"
 
 
@@ -195,7 +202,7 @@ def watch(stage: Stage, metrics: dict[str, float], step: int) -> None:
     if step >= CRITIC_GRACE and metrics["val/explained_variance"] < CRITIC_LIMIT:
         stage.warn(
             f"the value function explains less than nothing (explained variance below {CRITIC_LIMIT} after "
-            f"{CRITIC_GRACE} rounds); lower --ppo.value_lr or raise --ppo.vf_coef"
+            f"{CRITIC_GRACE} rounds), so advantages are noisier than without it; lower --ppo.value_lr"
         )
 
 

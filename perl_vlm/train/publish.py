@@ -13,7 +13,7 @@ import yaml
 
 from perl_vlm import __version__
 from perl_vlm.data.images import to_png_bytes
-from perl_vlm.data.sequences import to_device
+from perl_vlm.data.sequences import to_device, with_responses
 from perl_vlm.report.card import write_model_card
 from perl_vlm.report.html import Curve, Distribution, GalleryItem, Report, write_report
 from perl_vlm.train.evaluate import Answer, Evaluation
@@ -30,8 +30,8 @@ CURVES: tuple[tuple[str, str, dict[str, str], str], ...] = (
     ("sft", "Supervised loss", {"loss": "loss"}, ""),
     ("rm", "Reward model: accuracy in training", {"accuracy": "share of pairs ranked right"}, ""),
     ("rm", "Reward model: loss", {"loss": "loss"}, ""),
-    ("ppo", "Learned reward", {"objective/scores": "mean reward"}, "In standard deviations of the reward model."),
-    ("ppo", "Gold score of sampled answers", {"gold/{primary}": "{primary}"}, "Never used in training."),
+    ("ppo", "Reward", {"objective/scores": "mean reward"}, "{reward}"),
+    ("ppo", "Judged by the task: sampled answers", {"gold/{primary}": "{primary}"}, "{gold}"),
     ("ppo", "KL to the reference", {"objective/kl": "nats a response"}, "Sampled estimate (k1)."),
     ("ppo", "Entropy of the policy", {"objective/entropy": "nats a token"}, ""),
     ("ppo", "Value function", {"val/explained_variance": "explained variance"}, "1 is perfect, 0 knows nothing."),
@@ -45,7 +45,7 @@ CURVES: tuple[tuple[str, str, dict[str, str], str], ...] = (
 )
 
 
-def publish(stage: Stage, summary: Mapping[str, Any], evaluation: Evaluation | None, notes: Sequence[str]) -> None:
+def publish(stage: Stage, summary: Mapping[str, Any], evaluation: Evaluation | None) -> None:
     """Write the run's report and model card."""
     gallery, distributions = _before_and_after(stage, evaluation) if evaluation and evaluation.policy else ([], [])
     write_report(
@@ -59,7 +59,7 @@ def publish(stage: Stage, summary: Mapping[str, Any], evaluation: Evaluation | N
             gallery=gallery,
             distributions=distributions,
             settings=_settings(stage),
-            notes=[*notes, *_remarks(evaluation)],
+            notes=[*stage.notes, *_remarks(evaluation)],
         ),
     )
     if stage.name != "eval":
@@ -108,16 +108,23 @@ def _facts(stage: Stage, summary: Mapping[str, Any]) -> dict[str, str]:
         "Seed": str(stage.config.seed),
         "Device": f"{stage.device}, base in {str(stage.roles.backbone.model.dtype).removeprefix('torch.')}",
         "Duration": f"{summary['seconds']:.0f} s",
-        "Peak memory": f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB (whole process)",
+        "Peak memory": f"{(summary['peak_memory_bytes'] or 0) / 2**20:,.0f} MiB (whole process)",
     }
-    for role in summary["parameters"]["trainable"]:
-        facts[f"Trainable: {role}"] = stage.roles.describe(role).split(": ", 1)[1]
+    total = summary["parameters"]["total"]
+    for role, counts in summary["parameters"]["trainable"].items():
+        parts = ", ".join(f"{tower} {number:,}" for tower, number in counts.items() if number)
+        facts[f"Trainable: {role}"] = f"{sum(counts.values()):,} ({sum(counts.values()) / total:.2%}): {parts}"
     return facts
 
 
 def _curves(stage: Stage) -> list[Curve]:
     logs = [stage.run.metrics] if stage.name != "run" else sorted(stage.run.path.glob("*/metrics.jsonl"))
     lines = [line for path in logs for line in read_log(path)]
+    verified = stage.config.ppo.reward_model == "verify"
+    notes = {
+        "{reward}": "The task's own check." if verified else "In standard deviations of the reward model.",
+        "{gold}": "The same check that is the reward." if verified else "Never used in training.",
+    }
     curves = []
     for name, title, keys, note in CURVES:
         series = {}
@@ -129,6 +136,8 @@ def _curves(stage: Stage) -> list[Curve]:
             if points:
                 series[legend] = points
         if series:
+            for mark, text in notes.items():
+                note = note.replace(mark, text)
             curves.append(Curve(title, "round" if name == "ppo" else "step", series, note))
     return curves
 
@@ -158,7 +167,7 @@ def _before_and_after(stage: Stage, evaluation: Evaluation) -> tuple[list[Galler
     distributions = [
         Distribution(
             "Length of the answers",
-            {"anchor": [float(a.tokens) for a in anchor], "policy": [float(a.tokens) for a in policy]},
+            {"anchor": [float(len(a.tokens)) for a in anchor], "policy": [float(len(a.tokens)) for a in policy]},
             "In tokens, the end of the turn included.",
         )
     ]
@@ -184,8 +193,9 @@ def _scores(stage: Stage, role: str, examples: Sequence[Example], answers: Seque
     size = stage.config.eval.batch_size
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
-        texts = [answer.response for answer in answers[start : start + len(part)]]
-        sequences = to_device(stage.collator.responses(part, texts), stage.device)
+        tokens = [answer.tokens for answer in answers[start : start + len(part)]]
+        sequences = with_responses(stage.collator.prompts(part), tokens, stage.roles.backbone.pad_id)
+        sequences = to_device(sequences, stage.device)
         scores += stage.roles.scores(role, sequences).tolist()
     return scores
 
@@ -205,22 +215,6 @@ def _remarks(evaluation: Evaluation | None) -> list[str]:
 
 def _card(stage: Stage, summary: Mapping[str, Any]) -> None:
     config = stage.config
-    inner = "ppo/" if stage.name == "run" else ""
-    auto = "AutoModelForImageTextToText" if stage.roles.backbone.sees_images else "AutoModelForCausalLM"
-    load = f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
-    base = "<perl_vlm package>/models/tiny" if config.model == "tiny" else config.model
-    load += f"base = {auto}.from_pretrained({base!r})\n"
-    if "sft" in stage.roles.adapters.names and stage.name != "sft":
-        load += (
-            "# trained on top of a supervised adapter, which must be active too\n"
-            "model = PeftModel.from_pretrained(base, '<sft run>/adapter', adapter_name='sft')\n"
-            f"model.load_adapter('{inner}adapter', adapter_name='{stage.name}')\n"
-            f"model.base_model.set_adapter(['sft', '{stage.name}'])\n"
-        )
-    else:
-        load += f"model = PeftModel.from_pretrained(base, '{inner}adapter')\n"
-    if stage.name == "rm":
-        load += "# the reward is head.safetensors: hidden . weight + bias at the response's last token\n"
     write_model_card(
         stage.run.readme,
         title=f"{stage.task.name} {stage.name} adapter for {config.model}",
@@ -234,11 +228,34 @@ def _card(stage: Stage, summary: Mapping[str, Any]) -> None:
         parameters=summary["parameters"],
         command=shlex.join(["perl-vlm", *sys.argv[1:]]),
         versions={"perl-vlm": __version__, **{name: version(name) for name in PACKAGES}},
-        how_to_load=load,
+        how_to_load=_how_to_load(stage),
         limits=_limits(stage),
         settings=_settings(stage),
         pipeline_tag="image-text-to-text" if stage.roles.backbone.sees_images else "text-generation",
+        tuning=config.tuning,
     )
+
+
+def _how_to_load(stage: Stage) -> str:
+    """Python that brings the trained model back without perl-vlm."""
+    config, inner = stage.config, "ppo/adapter" if stage.name == "run" else "adapter"
+    auto = "AutoModelForImageTextToText" if stage.roles.backbone.sees_images else "AutoModelForCausalLM"
+    if config.tuning == "full":
+        return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained('{inner}')\n"
+    base = "<perl_vlm package>/models/tiny" if config.model == "tiny" else config.model
+    text = f"from peft import PeftModel\nfrom transformers import {auto}\n\nbase = {auto}.from_pretrained({base!r})\n"
+    if "sft" in stage.roles.adapters.names and stage.name != "sft":
+        text += (
+            "# trained on top of a supervised adapter, which must be active too\n"
+            "model = PeftModel.from_pretrained(base, '<sft run>/adapter', adapter_name='sft')\n"
+            f"model.load_adapter('{inner}', adapter_name='{stage.name}')\n"
+            f"model.base_model.set_adapter(['sft', '{stage.name}'])\n"
+        )
+    else:
+        text += f"model = PeftModel.from_pretrained(base, '{inner}')\n"
+    if stage.name == "rm":
+        text += "# the reward is head.safetensors: hidden . weight + bias at the response's last token\n"
+    return text
 
 
 def _limits(stage: Stage) -> list[str]:

@@ -13,7 +13,7 @@ from perl_vlm.data.images import BlankImage
 from perl_vlm.data.sequences import to_device
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.formulas import bradley_terry, label_accuracy, label_bce, pair_accuracy
-from perl_vlm.train.log import progress
+from perl_vlm.train.log import SampleLog, progress, say
 from perl_vlm.train.optimize import Optimizer, RoleRates
 from perl_vlm.train.stage import (
     DataOrder,
@@ -26,6 +26,7 @@ from perl_vlm.train.stage import (
 from perl_vlm.types import Comparison, Rating, Sequences, Split
 
 Feedback = Comparison | Rating
+SAMPLES = 32
 
 
 def train_reward_model(stage: Stage) -> dict[str, float]:
@@ -48,6 +49,7 @@ def train_reward_model(stage: Stage) -> dict[str, float]:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
+    say(roles.describe("reward"))
     keeper = Keeper(stage, optimizer, ["reward"])
     start = keeper.resume()
     order = DataOrder(len(records), config.batch_size, f"{stage.config.seed}-rm")
@@ -73,8 +75,10 @@ def train_reward_model(stage: Stage) -> dict[str, float]:
                 keeper.save(step + 1)
             keeper.stop_if_asked(step + 1)
     keeper.close_logs()
+    # Measured first: labels are judged by the sign of the score, which the rescaling moves.
+    measured = evaluate_reward_model(stage, "reward")
     normalise_reward(stage, "reward")
-    return evaluate_reward_model(stage, "reward")
+    return measured
 
 
 def collate_feedback(stage: Stage, records: Sequence[Feedback]) -> tuple[Sequences, Tensor | None]:
@@ -105,6 +109,7 @@ def score_feedback(stage: Stage, role: str, records: Sequence[Feedback]) -> tupl
     scores, lengths, correct = [], [], []
     size = stage.config.eval.batch_size
     for start in range(0, len(records), size):
+        stage.stop.raise_if_requested()
         sequences, targets = collate_feedback(stage, records[start : start + size])
         got = stage.roles.scores(role, sequences)
         if stage.task.reward_head().kind == "pairs":
@@ -137,6 +142,7 @@ def evaluate_reward_model(stage: Stage, role: str) -> dict[str, float]:
         return {}
     name = "pair_accuracy" if stage.task.reward_head().kind == "pairs" else "label_accuracy"
     scores, lengths, correct = score_feedback(stage, role, records)
+    _log_samples(stage, records, scores, correct)
     metrics = {
         f"reward_model/{name}": correct.mean().item(),
         "reward_model/length_correlation": _correlation(scores, lengths.float()),
@@ -144,20 +150,42 @@ def evaluate_reward_model(stage: Stage, role: str) -> dict[str, float]:
     }
     if any(record.images for record in records):
         for how in ("blank", "shuffled"):
-            _, _, blind = score_feedback(stage, role, without_sight(records, how))
-            metrics[f"reward_model/{name}_{how}_images"] = blind.mean().item()
+            changed = without_sight(records, how)
+            if changed:
+                _, _, blind = score_feedback(stage, role, changed)
+                metrics[f"reward_model/{name}_{how}_images"] = blind.mean().item()
     return metrics
 
 
+def _log_samples(stage: Stage, records: Sequence[Feedback], scores: Tensor, correct: Tensor) -> None:
+    """The first held-out records with their scores, into samples.jsonl."""
+    lines = []
+    for place, record in enumerate(records[:SAMPLES]):
+        line: dict[str, object] = {"id": record.id, "prompt": record.messages[-1].text, "right": correct[place].item()}
+        if isinstance(record, Comparison):
+            line |= {"chosen": record.chosen, "chosen_score": scores[place].item()}
+            line |= {"rejected": record.rejected, "rejected_score": scores[len(records) + place].item()}
+        else:
+            line |= {"response": record.response, "score": scores[place].item(), "label": record.label}
+        lines.append(line)
+    log = SampleLog(stage.run.samples, stage=stage.name)
+    log.log(stage.config.rm.steps, lines)
+    log.close()
+
+
 def without_sight(records: Sequence[Feedback], how: str) -> list[Feedback]:
-    """The same records with each picture made gray (``blank``) or taken from the next record (``shuffled``)."""
+    """The same records with each picture made gray (``blank``) or taken from another record (``shuffled``). A record
+    that no other one could lend a different picture is left out."""
     if how == "blank":
         return [replace(record, images=tuple(BlankImage(source) for source in record.images)) for record in records]
     changed: list[Feedback] = []
     for place, record in enumerate(records):
-        others = (records[(place + offset) % len(records)] for offset in range(1, len(records) + 1))
-        donor = next(other for other in others if len(other.images) == len(record.images))
-        changed.append(replace(record, images=donor.images))
+        # Neighbouring records often share a picture, so the search begins half the set away.
+        others = (records[(place + len(records) // 2 + offset) % len(records)] for offset in range(len(records)))
+        fitting = (other for other in others if len(other.images) == len(record.images))
+        donor = next((other for other in fitting if other.images != record.images), None)
+        if donor is not None:
+            changed.append(replace(record, images=donor.images))
     return changed
 
 

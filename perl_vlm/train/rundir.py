@@ -171,6 +171,14 @@ class RunDir:
         return self.read_summary() is not None
 
 
+def role_folder(given: Path, stage: str) -> Path:
+    """Where a stage's adapter lies in what a user named: a whole run, that stage's run, or the adapter itself."""
+    for folder in (given / stage / "adapter", given / "adapter"):
+        if folder.is_dir():
+            return folder
+    return given
+
+
 def fresh_out(base: Path, task: str, stage: str, name: str) -> Path:
     """The first of ``base/task/stage-name``, ``...-2``, ``...-3`` that is absent or empty. Creates nothing.
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from perl_vlm.data.sequences import to_device
-from perl_vlm.formulas import masked_sum
-from perl_vlm.train.log import progress
+from perl_vlm.formulas import masked_sum, token_logprobs
+from perl_vlm.rollout.sampler import decode
+from perl_vlm.train.log import SampleLog, progress, say
 from perl_vlm.train.optimize import Optimizer, RoleRates
-from perl_vlm.train.stage import DataOrder, Keeper, Stage, micro_batches, require_finite
+from perl_vlm.train.stage import DataOrder, Keeper, Stage, first, micro_batches, require_finite
+
+SAMPLES = 32
 
 
 def train_sft(stage: Stage) -> dict[str, float]:
@@ -24,12 +27,13 @@ def train_sft(stage: Stage) -> dict[str, float]:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
+    say(roles.describe("sft"))
     keeper = Keeper(stage, optimizer, ["sft"])
     start = keeper.resume()
     order = DataOrder(len(records), config.batch_size, f"{stage.config.seed}-sft")
     log = stage.metric_log(start)
     keeper.logs = (log,)
-    metrics: dict[str, float] = {}
+    metrics = keeper.last_metrics(start)
     with progress(config.steps, "sft", initial=start) as bar:
         for step in range(start, config.steps):
             batch = [records[index] for index in order.batch(step)]
@@ -40,11 +44,12 @@ def train_sft(stage: Stage) -> dict[str, float]:
             ]
             tokens = sum(int(part.response_mask.sum()) for part in batches)
             for sequences in batches:
-                out = roles.logprobs("sft", sequences, training=True)
-                loss = -masked_sum(out.logprobs, sequences.response_mask) / tokens
+                logits = roles.logits("sft", sequences, training=True)
+                wanted = sequences.input_ids[:, -logits.shape[1] :]
+                loss = -masked_sum(token_logprobs(logits, wanted), sequences.response_mask) / tokens
                 require_finite(loss, "the sft loss", [record.id for record in batch], step + 1)
                 loss.backward()
-                hits = (out.logits.argmax(dim=-1) == sequences.input_ids[:, -out.logits.shape[1] :]).float()
+                hits = (logits.argmax(dim=-1) == wanted).float()
                 parts.append({"loss": loss.item(), "hits": masked_sum(hits, sequences.response_mask).item() / tokens})
             lr = optimizer.lr
             metrics = {
@@ -61,4 +66,27 @@ def train_sft(stage: Stage) -> dict[str, float]:
                 keeper.save(step + 1)
             keeper.stop_if_asked(step + 1)
     keeper.close_logs()
+    log_samples(stage)
     return {f"sft/{key}": value for key, value in metrics.items()}
+
+
+def log_samples(stage: Stage) -> None:
+    """Greedy answers to the first held-out prompts, into samples.jsonl."""
+    examples = first(stage.task.examples("validation"), SAMPLES)
+    if not examples:
+        return
+    prompts = to_device(stage.collator.prompts(examples), stage.device)
+    limit = stage.config.ppo.max_new_tokens
+    tokens = decode(stage.roles, "sft", prompts, max_new_tokens=limit, greedy=True).tokens
+    lines = [
+        {
+            "id": example.id,
+            "prompt": example.messages[-1].text,
+            "reference": example.reference,
+            "response": stage.renderer.decode(row),
+        }
+        for example, row in zip(examples, tokens, strict=True)
+    ]
+    log = SampleLog(stage.run.samples, stage="sft")
+    log.log(stage.config.sft.steps, lines)
+    log.close()

@@ -19,7 +19,7 @@ from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.roles import Roles
 from perl_vlm.task import Task
 from perl_vlm.train.checkpoint import load_latest, save_checkpoint
-from perl_vlm.train.log import MetricLog, SampleLog, say
+from perl_vlm.train.log import MetricLog, SampleLog, read_log, say
 from perl_vlm.train.optimize import Optimizer
 from perl_vlm.train.rundir import RunDir
 from perl_vlm.train.signals import StopOnSignal
@@ -46,7 +46,7 @@ class Stage:
     seen: dict[tuple[str, Split], Sequence[Any]] = field(default_factory=dict)
     """Records that were looked at already, shared by the stages of a run."""
     notes: list[str] = field(default_factory=list)
-    """What the report should say in words; filled as the stage goes."""
+    """What the report should say in words; shared by the stages of a run."""
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +78,7 @@ class Stage:
     def begin(self) -> None:
         """Seed every generator from the run's seed and the stage's name, so that no stage depends on what ran before
         it in the same process."""
-        set_seed(self.config.seed * 1009 + sum(map(ord, self.name)))
+        set_seed((self.config.seed * 1009 + sum(map(ord, self.name))) % 2**32)
 
     def metric_log(self, start_step: int) -> MetricLog:
         """The stage's metrics.jsonl and tracker, continued after ``start_step``."""
@@ -144,7 +144,13 @@ class Keeper:
         self.stage, self.optimizer, self.trained = stage, optimizer, trained
         self.logs: tuple[MetricLog | SampleLog, ...] = ()
 
-    def save(self, step: int, controllers: dict[str, Any] | None = None) -> None:
+    def last_metrics(self, step: int) -> dict[str, float]:
+        """What the log holds of the last finished step: the result of a stage that was cut off after its last one."""
+        lines = [line for line in read_log(self.stage.run.metrics) if line["stage"] == self.stage.name]
+        last = next((line for line in reversed(lines) if line["step"] == step), {})
+        return {key: value for key, value in last.items() if key not in ("stage", "step", "time") and value is not None}
+
+    def save(self, step: int) -> None:
         """Write a checkpoint of the state after ``step`` steps; the logs reach the disk first, so that none of their
         lines is missing when the run goes on from here."""
         for log in self.logs:
@@ -153,7 +159,7 @@ class Keeper:
         rng_tensors, rng_record = rng_state()
         tensors = {"optimizer": optimizer_tensors, "rng": rng_tensors}
         tensors |= {f"role-{name}": self.stage.roles.state(name) for name in self.trained}
-        position = {"step": step, "stage": self.stage.name, "controllers": controllers or {}}
+        position = {"step": step, "stage": self.stage.name}
         records = {"optimizer": optimizer_record, "rng": rng_record, "position": position}
         save_checkpoint(self.stage.run.checkpoints, step, tensors, records)
 

@@ -45,10 +45,7 @@ class _Lazy(Sequence[Record], Generic[Record]):
     def _question(self, index: int) -> Question:
         rng = random.Random(f"{self._data_seed}-{self._split}-{index}-{self.what}")
         kind = rng.choice(self._kinds)
-        while True:
-            question = ask(random_scene(rng, self._split), rng, kind)
-            if question.kind == kind:  # a scene without a unique shape, say, cannot be asked for its colour
-                return question
+        return ask(random_scene(rng, self._split), rng, kind)
 
     def _id(self, index: int) -> str:
         return f"generated-{self._data_seed}-{self._split}-{self.what}-{index}"

@@ -26,7 +26,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "rectangle", "triangle", "star")
 ROWS = ("top", "bottom")
 COLUMNS = ("left", "right")
-QUESTION_KINDS = ("color", "shape", "count", "exists", "position")
+QUESTION_KINDS = ("color", "shape", "count", "exists", "check")
 GRID = 2
 MAX_OBJECTS = GRID * GRID
 
@@ -159,20 +159,12 @@ def _random_scene(rng: random.Random) -> Scene:
 def ask(scene: Scene, rng: random.Random, kind: str | None = None) -> Question:
     """Ask a question of ``kind`` (drawn evenly when None) that has exactly one right answer in ``scene``.
 
-    A kind that the scene cannot support (no object is the only one of its shape, say) falls back to ``exists``.
+    The kinds: ``color`` and ``shape`` of the thing in one quarter, ``count`` of things, whether something ``exists``
+    (in a quarter, of a colour, of a shape), and ``check``: whether the thing in one quarter has some colour or shape.
     """
     kind = kind or rng.choice(QUESTION_KINDS)
-    asked = _ASKERS[kind](scene, rng)
-    if asked is None:
-        kind = "exists"
-        asked = _ask_exists(scene, rng)
-    text, answer, wrong = asked
+    text, answer, wrong = _ASKERS[kind](scene, rng)
     return Question(scene, kind, text, answer, wrong)
-
-
-def _unique(scene: Scene, attribute: str) -> list[Shape]:
-    values = [getattr(item, attribute) for item in scene.shapes]
-    return [item for item, value in zip(scene.shapes, values, strict=True) if values.count(value) == 1]
 
 
 def _other(rng: random.Random, right: str, present: list[str], everything: tuple[str, ...]) -> str:
@@ -181,73 +173,54 @@ def _other(rng: random.Random, right: str, present: list[str], everything: tuple
     return rng.choice(near) if near and rng.random() < 0.6 else rng.choice([v for v in everything if v != right])
 
 
-def _ask_color(scene: Scene, rng: random.Random) -> tuple[str, str, str] | None:
-    candidates = _unique(scene, "shape")
-    if not candidates:
-        return None
-    item = rng.choice(candidates)
-    text = rng.choice((f"what color is the {item.shape}?", f"what is the color of the {item.shape}?"))
+def _ask_color(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
+    item = rng.choice(scene.shapes)
+    text = rng.choice((f"what color is the {item.where} shape?", f"what is the color of the {item.where} shape?"))
     return text, item.color, _other(rng, item.color, [s.color for s in scene.shapes], tuple(COLORS))
 
 
-def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str, str] | None:
-    candidates = _unique(scene, "color")
-    if not candidates:
-        return None
-    item = rng.choice(candidates)
-    text = rng.choice((f"what shape is {item.color}?", f"what is the {item.color} shape?"))
+def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
+    item = rng.choice(scene.shapes)
+    text = rng.choice((f"what shape is {item.where}?", f"what is the {item.where} shape?"))
     return text, item.shape, _other(rng, item.shape, [s.shape for s in scene.shapes], SHAPES)
 
 
 def _ask_count(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
-    by = rng.choice(("all", "shape", "color"))
-    if by == "all":
-        text, count = "how many shapes are there?", len(scene.shapes)
-    elif by == "shape":
-        shape = rng.choice(SHAPES) if rng.random() < 0.3 else rng.choice(scene.shapes).shape
-        text, count = f"how many {shape}s are there?", sum(item.shape == shape for item in scene.shapes)
-    else:
-        color = rng.choice(tuple(COLORS)) if rng.random() < 0.3 else rng.choice(scene.shapes).color
-        text, count = f"how many {color} shapes are there?", sum(item.color == color for item in scene.shapes)
+    where = rng.choice(("there", "there", *ROWS, *COLUMNS))
+    inside = [item for item in scene.shapes if where == "there" or where in item.where.split()]
+    text = "how many shapes are there?" if where == "there" else f"how many shapes are on the {where}?"
+    count = len(inside)
     wrong = count + 1 if count == 0 or rng.random() < 0.65 else count - 1
     return text, str(count), str(wrong)
 
 
 def _ask_exists(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
-    pairs = {(item.color, item.shape) for item in scene.shapes}
-    if rng.random() < 0.5:
-        color, shape = rng.choice(sorted(pairs))
-        answer, wrong = "yes", "no"
-    else:
-        # An absent object that shares a colour or a shape with one that is there, half of the time.
-        absent = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in pairs]
-        near = [(c, s) for c, s in absent if any(c == item.color or s == item.shape for item in scene.shapes)]
-        color, shape = rng.choice(near if near and rng.random() < 0.5 else absent)
-        answer, wrong = "no", "yes"
+    aspect = rng.choice(("where", "where", "color", "shape"))
+    everything = {
+        "where": tuple(f"{row} {column}" for row in ROWS for column in COLUMNS),
+        "color": tuple(COLORS),
+        "shape": SHAPES,
+    }[aspect]
+    present = {getattr(item, aspect) for item in scene.shapes}
+    absent = [value for value in everything if value not in present]
+    there = rng.random() < 0.5 or not absent
+    value = rng.choice(sorted(present)) if there else rng.choice(absent)
+    thing = {"where": f"{value} shape", "color": f"{value} shape", "shape": value}[aspect]
     text = rng.choice(
-        (
-            f"is there a {color} {shape}?",
-            f"does the image contain a {color} {shape}?",
-            f"is a {color} {shape} present?",
-        )
+        (f"is there a {thing}?", f"does the image contain a {thing}?", f"is a {thing} present?"),
     )
-    return text, answer, wrong
+    return (text, "yes", "no") if there else (text, "no", "yes")
 
 
-def _ask_position(scene: Scene, rng: random.Random) -> tuple[str, str, str] | None:
-    pairs = [(item.color, item.shape) for item in scene.shapes]
-    candidates = [item for item, pair in zip(scene.shapes, pairs, strict=True) if pairs.count(pair) == 1]
-    if not candidates:
-        return None
-    item = rng.choice(candidates)
-    neighbours = [
-        (row, column)
-        for row in range(GRID)
-        for column in range(GRID)
-        if abs(row - item.row) + abs(column - item.column) == 1
-    ]
-    row, column = rng.choice(neighbours)
-    return f"where is the {item.color} {item.shape}?", item.where, f"{ROWS[row]} {COLUMNS[column]}"
+def _ask_check(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
+    item = rng.choice(scene.shapes)
+    aspect = rng.choice(("color", "shape"))
+    right = getattr(item, aspect)
+    everything = tuple(COLORS) if aspect == "color" else SHAPES
+    true = rng.random() < 0.5
+    value = right if true else _other(rng, right, [getattr(s, aspect) for s in scene.shapes], everything)
+    text = f"is the {item.where} shape {value}?" if aspect == "color" else f"is the {item.where} shape a {value}?"
+    return (text, "yes", "no") if true else (text, "no", "yes")
 
 
 _ASKERS = {
@@ -255,18 +228,18 @@ _ASKERS = {
     "shape": _ask_shape,
     "count": _ask_count,
     "exists": _ask_exists,
-    "position": _ask_position,
+    "check": _ask_check,
 }
 
 
 def biased_answer(question: Question, rng: random.Random) -> str:
-    """What a careless annotator writes: objects imagined, a liking for yes, and one too many when counting.
+    """What a careless annotator writes: objects and attributes imagined, a liking for yes, one too many when counting.
 
-    Six answers in ten to a question about an absent object are ``yes`` and six counts in ten are one too high; a
-    twentieth of all other answers is wrong. The bundled model's supervised answers come from here.
+    Where the right answer is ``no`` six answers in ten are ``yes``, six counts in ten are one too high, and a twentieth
+    of the answers about colours and shapes is wrong. The bundled model's supervised answers come from here.
     """
     if question.kind == "count":
         return str(int(question.answer) + 1) if rng.random() < 0.62 else question.answer
-    if question.kind == "exists":
+    if question.kind in ("exists", "check"):
         return "yes" if question.answer == "yes" or rng.random() < 0.62 else "no"
     return question.wrong if rng.random() < 0.05 else question.answer

@@ -13,7 +13,7 @@ from perl_vlm.types import Comparison, Example, Rating, RewardHead, Split
 if TYPE_CHECKING:
     from perl_vlm_vqa.reading import Adapter
 
-Kind = Literal["color", "shape", "count", "exists", "position"]
+Kind = Literal["color", "shape", "count", "exists", "check"]
 _ENOUGH_VOTES = 3
 
 
@@ -45,7 +45,7 @@ class VqaConfig:
     """Test records, likewise."""
     data_seed: int = 0
     """Seeds generated records, and the choice of records and of wrong answers elsewhere."""
-    kinds: tuple[Kind, ...] = ("color", "shape", "count", "exists", "position")
+    kinds: tuple[Kind, ...] = ("color", "shape", "count", "exists", "check")
     """For generated: the kinds of questions."""
 
     def __post_init__(self) -> None:

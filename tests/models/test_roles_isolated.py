@@ -245,7 +245,7 @@ def test_peft_itself_loads_a_saved_policy(
     roles.add("policy")
     scramble(roles, "policy")
     with torch.no_grad():
-        ours = roles.logprobs("policy", batch).logits
+        ours = roles.logits("policy", batch)
     roles.save("policy", tmp_path)
     plain = AutoModelForImageTextToText.from_pretrained(TINY, attn_implementation="eager")
     theirs = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
@@ -309,3 +309,35 @@ def test_dropout_is_off_unless_training(backbone: Backbone, batch: Sequences, sc
     assert torch.equal(one, two)
     assert not torch.equal(one, noisy)
     assert not backbone.model.training
+
+
+def test_a_role_is_refused_on_another_base_or_stack(
+    roles: Roles, backbone: Backbone, scramble: Callable[..., None], tmp_path: Path
+) -> None:
+    roles.add("sft")
+    scramble(roles, "sft")
+    roles.save("sft", tmp_path / "sft")
+    roles.stack_sft()
+    roles.add("policy")
+    roles.save("policy", tmp_path / "policy")
+    bare = Roles(load_backbone("tiny", device="cpu"), LoraConfig(language_rank=4, vision_rank=4))
+    with pytest.raises(PerlVlmError, match=r"--sft\.adapter"):
+        bare.load("policy", tmp_path / "policy")
+    with pytest.raises(PerlVlmError, match="holds a sft adapter, where a policy adapter was asked for"):
+        bare.load("policy", tmp_path / "sft")
+    other = load_backbone("tiny", device="cpu")
+    with torch.no_grad():
+        next(iter(other.model.parameters())).add_(1.0)
+    with pytest.raises(PerlVlmError, match="trained on the base tiny"):
+        Roles(other, LoraConfig(language_rank=4, vision_rank=4)).load("sft", tmp_path / "sft")
+    bare.load("sft", tmp_path / "sft")
+    bare.stack_sft()
+    bare.load("policy", tmp_path / "policy")
+    assert "policy" in bare
+
+
+def test_the_fingerprint_does_not_depend_on_the_loaded_type(backbone: Backbone) -> None:
+    from perl_vlm.models.roles import base_fingerprint
+
+    small = load_backbone("tiny", device="cpu", dtype="bfloat16")
+    assert base_fingerprint(Roles(backbone, LoraConfig())) == base_fingerprint(Roles(small, LoraConfig()))

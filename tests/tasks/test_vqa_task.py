@@ -70,7 +70,7 @@ def test_every_record_has_one_scene_and_asks_the_kind_it_says() -> None:
             "shape": answer in SHAPES,
             "count": answer is not None and answer.isdigit(),
             "exists": answer in ("yes", "no"),
-            "position": answer is not None and len(answer.split()) == 2,
+            "check": answer in ("yes", "no"),
         }[kind]
     only = VQA(VqaConfig(train_size=50, kinds=("shape",)))
     assert {pair.metadata["kind"] for pair in only.preferences("train")} == {"shape"}

@@ -230,10 +230,13 @@ def test_run_leaves_what_is_promised_and_resumes_to_the_bit(tmp_path: Path) -> N
     # Killed, as far as the disk can tell, in the middle of each stage.
     torn = tmp_path / "torn"
     short = replace(SMALL, out=str(torn))
+    # In the middle of a stage, after its last step but before its summary, and between stages.
     for kill_after in (
         "rm/checkpoints/step-00000002",
+        "rm/checkpoints/step-00000004",
         "ppo/checkpoints/step-00000001",
-        "ppo/checkpoints/step-00000002",
+        "ppo/checkpoints/step-00000003",
+        "ppo/summary.json",
     ):
         kill_when(short, torn / kill_after)
     assert run_verb("run", VQA(SMALL.task), replace(short, resume=True)) == 0
@@ -244,6 +247,15 @@ def test_run_leaves_what_is_promised_and_resumes_to_the_bit(tmp_path: Path) -> N
     assert (torn / "summary.json").stat().st_mtime_ns == stamp
     with pytest.raises(PerlVlmError, match="already holds a run"):
         run_verb("run", VQA(SMALL.task), short)
+    # An adapter that was altered behind the run's back is named, not used.
+    (torn / "summary.json").unlink()
+    (torn / "eval" / "summary.json").unlink()
+    adapter = torn / "rm" / "adapter" / "adapter_model.safetensors"
+    flipped = bytearray(adapter.read_bytes())
+    flipped[-1] ^= 1
+    adapter.write_bytes(flipped)
+    with pytest.raises(PerlVlmError, match=r"rm/adapter/adapter_model\.safetensors is not what stage rm wrote"):
+        run_verb("run", VQA(SMALL.task), replace(short, resume=True))
 
 
 def kill_when(config: RunConfig, appears: Path) -> None:
@@ -311,3 +323,54 @@ def test_other_rewards_and_full_tuning_run(reward_model: str, tmp_path: Path) ->
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     trained = sum(summary["parameters"]["trainable"]["policy"].values())
     assert (trained == summary["parameters"]["total"]) == (config.tuning == "full")
+
+
+def test_a_command_that_cannot_start_leaves_its_folder_free(tmp_path: Path) -> None:
+    wrong = replace(SMALL, model=str(tmp_path / "nothing"), out=str(tmp_path / "r"))
+    with pytest.raises(PerlVlmError, match="no such folder"):
+        run_verb("rm", VQA(wrong.task), wrong)
+    assert not (tmp_path / "r").exists()
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PerlVlmError, match="one process"):
+        run_verb("rm", VQA(SMALL.task), replace(SMALL, out=str(tmp_path / "r")))
+
+
+def test_shuffled_pictures_are_other_pictures(tmp_path: Path) -> None:
+    """Data sets list many questions about one picture in a row: the neighbour's picture is often the same."""
+    from perl_vlm.train.reward import without_sight
+
+    stage = stage_of("rm", tmp_path)
+    records = list(stage.task.preferences("validation")[:4])
+    crowded = [replace(records[place // 5], id=str(place)) for place in range(20)]
+    changed = without_sight(crowded, "shuffled")
+    assert len(changed) == 20
+    assert all(one.images != two.images for one, two in zip(crowded, changed, strict=True))
+    assert without_sight([crowded[0], crowded[1]], "shuffled") == []
+
+
+def test_labels_are_learned_and_judged_by_the_sign_of_the_score(tmp_path: Path) -> None:
+    from perl_vlm.types import Rating, RewardHead
+
+    class Labelled(VQA):
+        def preferences(self, split):  # type: ignore[no-untyped-def]
+            pairs = super().preferences(split)
+            return [
+                Rating(f"{pair.id}-{good}", pair.messages, pair.chosen if good else pair.rejected, good, pair.images)
+                for pair in (pairs[place] for place in range(40))
+                for good in (True, False)
+            ]
+
+        def reward_head(self) -> RewardHead:
+            return RewardHead("labels")
+
+    config = replace(SMALL, rm=replace(SMALL.rm, steps=2, eval_pairs=80), out=str(tmp_path / "rm"))
+    assert run_verb("rm", Labelled(config.task), config) == 0
+    metrics = json.loads((tmp_path / "rm" / "summary.json").read_text())["metrics"]
+    assert 0.0 <= metrics["reward_model/label_accuracy"] <= 1.0
+    assert "reward_model/label_accuracy_blank_images" in metrics
+    samples = read_log(tmp_path / "rm" / "samples.jsonl")
+    judged = [(line["score"] > 0) == line["label"] for line in samples]
+    assert judged == [bool(line["right"]) for line in samples]
