@@ -159,8 +159,8 @@ def decode_image(stream: IO[bytes], name: str) -> Image.Image:
         problem = f"its header claims more pixels than the limit of {MAX_PIXELS:,} ({error})"
         raise BadRecord(name, problem, "Scale it down, or replace it") from error
     except UnidentifiedImageError as error:
-        stream.seek(0)
-        problem = f"not a picture in a format read here ({', '.join(FORMATS)}); it begins with {stream.read(8)!r}"
+        # What the file does hold stays unsaid: a path in a data set may have named somebody's secrets.
+        problem = f"not a picture in a format read here ({', '.join(FORMATS)})"
         raise BadRecord(name, problem, "Convert it to PNG or JPEG") from error
     except Exception as error:
         # Damaged files make Pillow's decoders raise almost anything: OSError, SyntaxError, struct.error, IndexError.

@@ -41,6 +41,12 @@ class Renderer:
                 f"the chat template of {backbone.name} refuses a user's turn with an answer: {error}. Choose another "
                 "--model, or mend its chat_template.jinja"
             ) from error
+        prompt = self.prompt_text([Message("user", ("x",))])
+        if self._adds_special_tokens([prompt]) and self.tokenizer("x")["input_ids"][-1] in backbone.eos_ids:
+            raise PerlVlmError(
+                f"the tokenizer of {backbone.name} ends every text with an end-of-sequence token, so prompts would be "
+                "over before the response. Set add_eos_token to false in its tokenizer_config.json"
+            )
 
     def escape(self, text: str) -> str:
         """Break every special token that a text spells out."""
@@ -222,13 +228,5 @@ def _special_tokens(processor: Any, tokenizer: Any) -> list[str]:
     found |= {str(token) for token in added.values() if token.special}
     if processor is not tokenizer:
         named = {name: value for name, value in vars(processor).items() if name.endswith(("_token", "_tag"))}
-        found |= {str(value) for value in named.values() if isinstance(value, (str, AddedToken))}
+        found |= {str(value) for value in named.values() if isinstance(value, str) or hasattr(value, "content")}
     return sorted((token for token in found if len(token) > 1), key=len, reverse=True)
-
-
-def check_chat_model(renderer: Renderer) -> None:
-    """Fail early where a model's template cannot hold a plain user turn."""
-    try:
-        renderer.prompt_text([Message("user", ("hello",))])
-    except Exception as error:
-        raise PerlVlmError(f"the chat template of {renderer.backbone.name} refuses a user message: {error}") from error

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from perl_vlm.errors import PerlVlmError
 from perl_vlm.types import Sequences
 
 
@@ -87,19 +88,31 @@ def _per_token(key: str) -> bool:
     return key.endswith("token_type_ids")
 
 
-def token_extras(sequences: Sequences) -> dict[str, Tensor]:
-    """The extras as the model wants them: token types extended with zeros (text) over the response."""
+def token_extras(sequences: Sequences, *, fill: int = 0) -> dict[str, Tensor]:
+    """The extras as the model wants them: token types extended over the response.
+
+    Args:
+        sequences: B rows.
+        fill: the ``token_type_ids`` of a response. 0 means plain text (Gemma 3 marks image tokens by 1); PaliGemma
+            needs 1, for its type 0 is the prefix whose tokens see each other, later ones included, and a response of
+            that type would read its own next token. Other per-token types (``mm_token_type_ids``) are 0 for text.
+    """
     extras = dict(sequences.extras)
-    response_width = sequences.response_mask.shape[1]
+    width = sequences.response_mask.shape[1]
     for key, value in extras.items():
-        if _per_token(key) and response_width:
-            extras[key] = torch.cat([value, value.new_zeros(value.shape[0], response_width)], dim=1)
+        if _per_token(key) and width:
+            types = value.new_full((value.shape[0], width), fill if key == "token_type_ids" else 0)
+            extras[key] = torch.cat([value, types], dim=1)
     return extras
 
 
 def _take_extras(sequences: Sequences, rows: list[int]) -> dict[str, Tensor]:
     """Rows of what the image processor made. Families lay pixels out in three ways: a row a sequence (Idefics3), a row
-    an image (LLaVA), or the patches of all images flat, their number given by an image grid (Qwen-VL)."""
+    an image (LLaVA), or the patches of all images flat, their number given by an image grid (Qwen-VL).
+
+    A fourth way, the tiles of all images flat (InternVL, Gemma 3's pan and scan), says nowhere which tile is whose:
+    PerlVlmError, unless every image is one tile.
+    """
     extras: Mapping[str, Tensor] = sequences.extras
     batch, counts = len(sequences), sequences.image_counts
     starts = [sum(counts[:row]) for row in range(batch)]
@@ -113,12 +126,17 @@ def _take_extras(sequences: Sequences, rows: list[int]) -> dict[str, Tensor]:
             sizes = grid.prod(dim=1).tolist()
             patches = list(value.split(sizes))
             taken[key] = torch.cat([patches[image] for image in images]) if images else value[:0]
-        elif grid is None and key.startswith("pixel_") and _row_per_sequence(key, extras, batch, counts):
+        elif _row_per_sequence(key, extras, batch, counts):
             taken[key] = value[torch.as_tensor(rows, device=value.device)]
         elif value.shape[0] == sum(counts):
             taken[key] = value[torch.as_tensor(images, dtype=torch.long, device=value.device)]
         else:
-            raise ValueError(f"cannot take rows of {key} {tuple(value.shape)} for {batch} rows with {counts} images")
+            raise PerlVlmError(
+                f"the processor made {key} of shape {tuple(value.shape)} for {batch} prompts with {sum(counts)} "
+                "images: this model family's pixel layout is not supported yet. Where its processor cuts images into "
+                "tiles, switch that off (crop_to_patches or do_pan_and_scan in its processor_config.json), or choose a "
+                "model such as SmolVLM, Qwen-VL or LLaVA"
+            )
     return taken
 
 
@@ -127,8 +145,9 @@ def _row_per_sequence(key: str, extras: Mapping[str, Tensor], batch: int, counts
     value = extras[key]
     if value.shape[0] != batch:
         return False
-    if sum(counts) != batch or all(count == 1 for count in counts):
+    if all(count == 1 for count in counts) or key == "batch_num_images":
         return True
-    # As many images as sequences, unevenly spread. Idefics3 lays out [sequence, tile, ...]; LLaVA-NeXT has as many
-    # dimensions but a row an image, and says the images' sizes.
-    return value.dim() == (4 if key == "pixel_attention_mask" else 5) and "image_sizes" not in extras
+    # Rows may be images or tiles that happen to be as many as the sequences. Idefics3 lays out [sequence, tile, ...];
+    # LLaVA-NeXT has as many dimensions but a row an image, and says the images' sizes.
+    dimensions = {"pixel_values": 5, "pixel_attention_mask": 4}
+    return value.dim() == dimensions.get(key) and "image_sizes" not in extras

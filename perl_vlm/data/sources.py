@@ -33,7 +33,8 @@ class LoadedRows:
     indices: Sequence[int]
     """Which rows of the table, in order."""
     root: Path | None
-    """The folder that image paths of the rows are relative to and must lie under."""
+    """The folder that image paths of the rows are relative to and must lie under. None for data from the hub, whose
+    rows hold their pictures: a path in them could name any file of this machine."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -81,7 +82,8 @@ def load_rows(
     if source == "hub":
         if not name:
             raise PerlVlmError("No data set is named. Give its name on the hub, such as --task.dataset owner/name.")
-        tables, place, root = _hub_tables(name, config)
+        tables, place = _hub_tables(name, config)
+        root = None
     else:
         if not path:
             raise PerlVlmError("No data is named. Give a file or a folder: --task.path data/train.jsonl.")
@@ -192,7 +194,7 @@ def _arrow_opener(dataset: Any, name: str) -> Callable[[], Table]:
     return lambda: ArrowTable(dataset, name)
 
 
-def _hub_tables(name: str, config: str | None) -> tuple[Openers, str, Path]:
+def _hub_tables(name: str, config: str | None) -> tuple[Openers, str]:
     """As ``_local_tables``, for a data set on the hub; only the split in use is downloaded."""
     import datasets
 
@@ -223,7 +225,7 @@ def _hub_tables(name: str, config: str | None) -> tuple[Openers, str, Path]:
         if len(parts) > 1 and part != key:
             raise PerlVlmError(f"{name} has several splits for {key}: {', '.join(parts)}. Save one of them locally.")
         tables[key] = _hub_opener(guarded, name, config, part)
-    return tables, name, Path(datasets.config.HF_CACHE_HOME).expanduser()
+    return tables, name
 
 
 def _hub_opener(

@@ -38,11 +38,11 @@ def peft_config(model: nn.Module, lora: LoraConfig) -> PeftLoraConfig:
             f"no {lora.targets} linear layer was found in the language tower of {type(model).__name__}; "
             "try --lora.targets all-linear"
         )
-    alphas = {tower: lora.alpha or 2.0 * rank for tower, rank in ranks(lora).items()}
+    alphas = {tower: 2.0 * rank if lora.alpha is None else lora.alpha for tower, rank in ranks(lora).items()}
     others = [tower for tower in patterns if tower != "language"]
     return PeftLoraConfig(
         r=lora.language_rank,
-        lora_alpha=alphas["language"],  # type: ignore[arg-type]  # peft divides it by the rank, any number serves
+        lora_alpha=alphas["language"],
         lora_dropout=lora.dropout,
         target_modules="|".join(f"({pattern})" for pattern in patterns.values()),
         rank_pattern={patterns[tower]: ranks(lora)[tower] for tower in others},
@@ -145,15 +145,17 @@ class Adapters:
             config.base_model_name_or_path, config.revision, config.inference_mode = held
 
     def load(self, name: str, folder: Path) -> None:
-        """Attach an adapter that ``save`` (or peft) wrote."""
+        """Attach an adapter that ``save`` (or peft) wrote. PerlVlmError for one that is more than plain LoRA."""
         for needed in ("adapter_config.json", "adapter_model.safetensors"):
             if not (folder / needed).is_file():
                 raise PerlVlmError(f"{folder} holds no adapter: {needed} is missing")
         written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if written.get("peft_type") != "LORA":
             raise PerlVlmError(f"{folder} holds a {written.get('peft_type')} adapter; only LORA can be stacked here")
+        _check_plain(folder, written)
         config = PeftLoraConfig.from_pretrained(str(folder))
         config.inference_mode = False
+        config.init_lora_weights = True  # the weights are replaced below; other ways to draw them cost time
         self._attach(name, config)
         self.load_state(name, load_file(folder / "adapter_model.safetensors"))
 
@@ -161,6 +163,33 @@ class Adapters:
         if self._peft is None or name not in self.names:
             raise PerlVlmError(f"no adapter named {name}; attached: {', '.join(self.names) or 'none'}")
         return self._peft
+
+
+# Ways to draw the first A and B that leave the base as it is; every other one (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
+# subtracts the adapter's start from the base's weights, and the adapter is right on that other base alone.
+_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+def _check_plain(folder: Path, written: Mapping[str, Any]) -> None:
+    """Refuse an adapter that changes more of the base than plain low-rank matrices do."""
+    found = [
+        f"{key} {written[key]}"
+        for key in ("modules_to_save", "use_dora", "trainable_token_indices", "layer_replication")
+        if written.get(key)
+    ]
+    if written.get("bias", "none") != "none":
+        found.append(f"bias {written['bias']}")
+    if found:
+        raise PerlVlmError(
+            f"{folder} holds an adapter with {', '.join(found)}. Only plain LoRA matrices can be stacked on the base "
+            "that all roles share: merge the adapter into its base and give the merged folder as --model"
+        )
+    start = written.get("init_lora_weights", True)
+    if start not in _KEEPS_BASE:
+        raise PerlVlmError(
+            f"{folder} holds an adapter with init_lora_weights {start}, which belongs to a base with other weights. "
+            "Convert it to plain LoRA: save it with peft's path_initial_model_for_weight_conversion"
+        )
 
 
 def seed_adapter(adapters: Adapters, name: str, generator: torch.Generator) -> None:

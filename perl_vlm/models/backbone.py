@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -65,13 +67,19 @@ class Backbone:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` takes a CUDA device where there is one."""
-    if name != "auto":
-        device = torch.device(name)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise PerlVlmError(f"--device {name} was asked for, but torch sees no CUDA device; use --device cpu")
-        return device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """``auto`` takes a CUDA device where there is one. Raises PerlVlmError for a device that torch cannot use."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise PerlVlmError(f"--device {name} was asked for, but torch sees no CUDA device; use --device cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise PerlVlmError(
+            f"--device {name} cannot be used: {_reason(error)}. Use --device auto, cpu or cuda"
+            + (f" (cuda:0 to cuda:{torch.cuda.device_count() - 1})" if torch.cuda.device_count() > 1 else "")
+        ) from error
+    return torch.device(name)
 
 
 def resolve_dtype(name: str, device: torch.device, model: str) -> torch.dtype:
@@ -98,7 +106,8 @@ def load_backbone(
     """Load any ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``, frozen.
 
     Weights are read from safetensors only. Raises PerlVlmError where the name is neither ``tiny`` nor a model folder
-    nor reachable on the hub, and where the model wants code of its own and was not allowed to run it.
+    nor reachable on the hub, where the model wants code of its own and was not allowed to run it, and where its files
+    are damaged, do not fit one another or lack the image processor.
     """
     path = _locate(name)
     if not sys.stderr.isatty():
@@ -115,8 +124,14 @@ def load_backbone(
             path, dtype=resolve_dtype(dtype, where, name), use_safetensors=True, **plain, **common
         )
         processor = (AutoProcessor if sees_images else AutoTokenizer).from_pretrained(path, **common)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        # Damaged or odd model files surface as errors of transformers, huggingface_hub, safetensors, tokenizers, torch.
         raise _explain(name, path, error) from error
+    if sees_images and getattr(processor, "image_processor", None) is None:
+        raise PerlVlmError(
+            f"--model {name} sees images, but its files give a {type(processor).__name__} without an image processor: "
+            "processor_config.json or preprocessor_config.json is missing. Copy them from the model it was made from"
+        )
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -159,20 +174,34 @@ def _locate(name: str) -> str:
     return name
 
 
+def _reason(error: BaseException) -> str:
+    """The first line of an error, which may have none, short enough to read."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return textwrap.shorten(lines[0] if lines else type(error).__name__, 200, placeholder=" ...").rstrip(".")
+
+
 def _explain(name: str, path: str, error: Exception) -> PerlVlmError:
-    text = str(error)
+    text, reason = str(error), _reason(error)
     if "trust_remote_code" in text:
         return PerlVlmError(
             f"--model {name} brings Python code of its own, which is not run unless you ask for it. Read that code, "
             "then pass --trust_remote_code true, or choose a model whose class is part of transformers"
         )
-    if Path(path).is_dir():
-        return PerlVlmError(f"--model {name} cannot be loaded from its folder: {text.strip().splitlines()[0]}")
+    local = Path(path).is_dir()
+    if isinstance(error, SafetensorError) or "ignore_mismatched_sizes" in text:
+        what = "damaged" if isinstance(error, SafetensorError) else "of other shapes than its config.json says"
+        again = "Copy or save the folder again" if local else f"Drop the download with `hf cache rm model/{name}`"
+        return PerlVlmError(f"--model {name}: its weights are {what} ({reason}). {again}, or choose another model")
+    if local or not isinstance(error, (OSError, ValueError, ImportError)):
+        place = " from its folder" if local else ""
+        return PerlVlmError(
+            f"--model {name} cannot be loaded{place} ({type(error).__name__}): {reason}. Copy or download its files "
+            "again, or choose another model"
+        )
     if "safetensors" in text:
-        reason = text.strip().splitlines()[0]
         return PerlVlmError(f"--model {name} has no weights in safetensors, the only format read: {reason}")
     return PerlVlmError(
-        f"--model {name} is no local folder, and the hub did not give it ({text.strip().splitlines()[0]}). Without "
+        f"--model {name} is no local folder, and the hub did not give it ({reason}). Without "
         "network, use --model tiny (bundled) or --model PATH with a folder written by save_pretrained or "
         "`hf download`; a private model needs HF_TOKEN in the environment"
     )

@@ -31,7 +31,7 @@ def model_inputs(model: Any, backbone: Backbone, sequences: Sequences) -> dict[s
     inputs = {
         "input_ids": sequences.input_ids,
         "attention_mask": sequences.attention_mask,
-        **token_extras(sequences),
+        **token_extras(sequences, fill=int(model.config.model_type == "paligemma")),
     }
     if accepts(backbone.model, "position_ids") and not _multimodal_rotary(model):
         inputs["position_ids"] = (sequences.attention_mask.cumsum(dim=1) - 1).clamp(min=0)

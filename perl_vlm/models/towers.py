@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +29,7 @@ def tower_of(name: str) -> Tower:
     return "vision" if _VISION.search(name) else "language"
 
 
-def linear_names(model: nn.Module) -> list[str]:
+def linear_names(model: Any) -> list[str]:
     """Dotted names of every linear layer except the language-model head, in module order, the same with and without
     adapters attached (peft moves a wrapped layer to ``<name>.base_layer`` and puts its matrices beside it)."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -40,7 +40,7 @@ def linear_names(model: nn.Module) -> list[str]:
     ]
 
 
-def lora_targets(model: nn.Module, tower: Tower, targets: Literal["attention", "all-linear"]) -> list[str]:
+def lora_targets(model: Any, tower: Tower, targets: Literal["attention", "all-linear"]) -> list[str]:
     """Names of the linear layers of one tower that receive an adapter; of the projector, all of them."""
     names = [name for name in linear_names(model) if tower_of(name) == tower]
     if targets == "attention" and tower != "projector":

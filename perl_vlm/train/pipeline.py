@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from perl_vlm.config import RunConfig
-from perl_vlm.data.render import Renderer, check_chat_model
+from perl_vlm.data.render import Renderer
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.backbone import load_backbone
 from perl_vlm.models.roles import HeadKind, Roles, base_fingerprint
@@ -229,7 +229,6 @@ def open_session(task: Task, config: RunConfig, stop: StopOnSignal) -> Session:
     renderer = Renderer(
         backbone, max_prompt_tokens=config.max_prompt_tokens, max_response_tokens=config.max_response_tokens
     )
-    check_chat_model(renderer)
     return Session(task, config, Roles(backbone, config.lora, tuning=config.tuning, seed=config.seed), renderer, stop)
 
 
@@ -300,7 +299,7 @@ def reload_stage(session: Session, name: str, run: RunDir, summary: dict[str, An
     for role, folder in TRAINED[name].items():
         head: HeadKind | None = "reward" if role == "reward" else "value" if role == "value" else None
         session.roles.load(role, run.path / folder, head=head)
-    session.notes += [note for note in summary.get("notes", []) if note not in session.notes]
+    session.notes.extend(note for note in summary.get("notes", []) if note not in session.notes)
     if name == "sft":
         session.roles.stack_sft()
     if name == "ppo":

@@ -115,8 +115,8 @@ def score_feedback(stage: Stage, role: str, records: Sequence[Feedback]) -> tupl
         if stage.task.reward_head().kind == "pairs":
             chosen, rejected = got.chunk(2)
             hit = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
-        else:
-            hit = ((got > 0) == (targets > 0.5)).float()  # type: ignore[operator]  # labels always have targets
+        elif targets is not None:
+            hit = torch.eq(got > 0, targets > 0.5).float()
         scores.append(got.cpu())
         lengths.append(sequences.response_mask.sum(dim=1).cpu())
         correct.append(hit.cpu())
@@ -125,7 +125,7 @@ def score_feedback(stage: Stage, role: str, records: Sequence[Feedback]) -> tupl
 
 def normalise_reward(stage: Stage, role: str, split: Split = "validation") -> None:
     """Rescale a reward head to mean 0 and standard deviation 1 on the responses of ``split``."""
-    records = first(stage.preferences(split), min(512, stage.config.rm.eval_pairs))
+    records: list[Feedback] = first(stage.preferences(split), min(512, stage.config.rm.eval_pairs))
     if not records:
         stage.warn(f"there are no {split} preferences: the reward keeps its own scale")
         return
@@ -136,7 +136,7 @@ def normalise_reward(stage: Stage, role: str, split: Split = "validation") -> No
 def evaluate_reward_model(stage: Stage, role: str) -> dict[str, float]:
     """Held-out accuracy, and what it rests on: the same with pictures blanked or swapped, and its liking for length."""
     split = stage.config.eval.split
-    records = first(stage.preferences(split), stage.config.rm.eval_pairs)
+    records: list[Feedback] = first(stage.preferences(split), stage.config.rm.eval_pairs)
     if not records:
         stage.warn(f"there are no {split} preferences to measure the reward model on")
         return {}

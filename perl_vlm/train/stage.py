@@ -56,7 +56,7 @@ class Stage:
         """The task's usable examples of a split. Raises PerlVlmError where there are none."""
         return self._usable("examples", split, self.task.examples)
 
-    def preferences(self, split: Split) -> Sequence[Comparison] | Sequence[Rating]:
+    def preferences(self, split: Split) -> Sequence[Comparison | Rating]:
         """The task's usable preferences of a split; none at all is an error for ``train`` alone."""
         return self._usable("preferences", split, self.task.preferences)
 
@@ -147,7 +147,7 @@ class Keeper:
     def last_metrics(self, step: int) -> dict[str, float]:
         """What the log holds of the last finished step: the result of a stage that was cut off after its last one."""
         lines = [line for line in read_log(self.stage.run.metrics) if line["stage"] == self.stage.name]
-        last = next((line for line in reversed(lines) if line["step"] == step), {})
+        last: dict[str, Any] = next((line for line in reversed(lines) if line["step"] == step), {})
         return {key: value for key, value in last.items() if key not in ("stage", "step", "time") and value is not None}
 
     def save(self, step: int) -> None:

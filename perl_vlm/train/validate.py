@@ -31,7 +31,9 @@ def usable_records(
     """
     listed = isinstance(records, list)
     places = range(len(records) if listed else min(RENDERED, len(records)))
-    longest = sorted(places, key=lambda place: -_prompt_length(records[place]))[:RENDERED] if listed else []
+    longest: list[int] = []
+    if listed:
+        longest = sorted(places, key=lambda place: -_prompt_length(records[place]))[:RENDERED]
     rendered = {*range(min(RENDERED, len(records))), *longest}
     problems: dict[int, BadRecord] = {}
     for place in places:

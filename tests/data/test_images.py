@@ -313,3 +313,12 @@ def test_the_checker_names_the_record_and_looks_once() -> None:
     bad = Example("b", record.messages, (ImageBytes(b"nothing", "cell"),), origin="a.jsonl row 2")
     with pytest.raises(BadRecord, match=r"^a.jsonl row 2: picture cell: not a picture"):
         check(bad)
+
+
+def test_what_a_file_holds_is_not_told(tmp_path: Path) -> None:
+    """A path in somebody's data set may name a login token; an error message may end up in a public issue."""
+    (tmp_path / "token").write_text("hf_canary")
+    for source in (ImageFile("token", tmp_path), ImageBytes(b"hf_canary", "x")):
+        with pytest.raises(BadRecord, match="not a picture in a format read here") as caught:
+            source.load()
+        assert "hf_" not in str(caught.value)

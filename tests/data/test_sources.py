@@ -354,3 +354,18 @@ def test_only_the_wanted_split_of_a_hub_data_set_is_loaded(monkeypatch: pytest.M
     assert asked == [("owner/data", "small", "val")]
     assert rows[1][1] == "owner/data val row 2"
     assert to_example(*rows[0]).images[0].load().getpixel((0, 0)) == (1, 0, 0)
+
+
+def test_paths_in_hub_rows_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, datasets: Any) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path))
+    paths = [str(tmp_path / "a.png"), "a.png"]
+    columns = {"prompt": ["a", "b"], "image": paths, "images": [[{"bytes": None, "path": path}] for path in paths]}
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["test"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_dict(columns))
+    rows = load_rows("hub", None, "test", name="owner/data")
+    for index in range(2):
+        row, origin = rows[index]
+        for column in ("image", "images"):
+            with pytest.raises(BadRecord, match="no image folder is known"):
+                to_example({"prompt": row["prompt"], column: row[column]}, origin, root=rows.root)

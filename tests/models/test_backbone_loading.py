@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoProcessor
 
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.backbone import TINY, Backbone, load_backbone, resolve_device
@@ -77,6 +80,60 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
 def test_a_missing_gpu_is_said() -> None:
     with pytest.raises(PerlVlmError, match="sees no CUDA device"):
         resolve_device("cuda")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:7", "mps:7"])
+def test_a_device_that_torch_cannot_use_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.device_count() > 7 or torch.backends.mps.is_available():
+        pytest.skip("the device is there")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(PerlVlmError, match=f"--device {name} cannot be used: .*Use --device auto, cpu or cuda"):
+        resolve_device(name)
+
+
+def tear_weights(folder: Path) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1000])
+
+
+def edit_config(folder: Path, width: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = width
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (tear_weights, r"its weights are damaged \(.*deserializing"),
+        (lambda folder: edit_config(folder, 8), r"of other shapes than its config\.json says"),
+        (lambda folder: edit_config(folder, "wide"), "cannot be loaded from its folder.*intermediate_size"),
+    ],
+)
+def test_damaged_files_are_named(damage: Callable[[Path], None], text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(TINY, folder)
+    damage(folder)
+    with pytest.raises(PerlVlmError, match=text):
+        load_backbone(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("error", [OSError(""), ValueError("\n"), KeyError(), SafetensorError("")])
+def test_an_error_without_words_is_still_explained(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    for name in ("tiny", "owner/name"):
+        with pytest.raises(PerlVlmError, match=f"--model {name}.*{type(error).__name__}"):
+            load_backbone(name, device="cpu")
+
+
+def test_a_vlm_without_its_image_processor_is_refused(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoProcessor gives a bare tokenizer where it finds no processor files."""
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *args, **kwargs: backbone.tokenizer)
+    with pytest.raises(PerlVlmError, match=r"without an image processor.*preprocessor_config\.json is missing"):
+        load_backbone("tiny", device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from perl_vlm.data.collate import Collator
 from perl_vlm.data.images import BlankImage
 from perl_vlm.data.render import Renderer
 from perl_vlm.data.sequences import prompts_of, take, with_responses
+from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.backbone import Backbone
 from perl_vlm.models.roles import REFERENCE, Roles
 from perl_vlm.types import Comparison, Example, Message, Sequences
@@ -68,8 +70,6 @@ def test_pad_equal_to_eos_changes_nothing(
 def test_another_picture_changes_logprobs_and_scores(
     change: str, roles: Roles, renderer: Renderer, make_examples: Callable[[int], list[Example]]
 ) -> None:
-    from dataclasses import replace
-
     roles.add("reward", head="reward")
     collator, examples = Collator(renderer), make_examples(6)
     if change == "blank":
@@ -119,6 +119,39 @@ def test_taking_rows_with_different_numbers_of_images() -> None:
     assert taken.extras["image_grid_thw"].tolist() == [[1, 2, 2], [1, 1, 2], [1, 1, 1]]
 
 
+@pytest.mark.parametrize(
+    ("key", "shape", "counts"),
+    [
+        ("pixel_values", (5, 3, 2, 2), (1, 1, 1)),
+        ("pixel_values", (5, 3, 2, 2), (2, 0, 1)),
+        ("pixel_values", (3, 3, 2, 2), (1, 0, 1)),  # as many tiles as prompts, but of two images
+        ("pixel_attention_mask", (3, 2, 2), (1, 0, 1)),
+        ("num_tiles", (4,), (1, 1, 1)),
+    ],
+)
+def test_tiles_of_unknown_images_are_refused(key: str, shape: tuple[int, ...], counts: tuple[int, ...]) -> None:
+    mask = torch.ones((3, 2), dtype=torch.long)
+    nothing = torch.zeros((3, 0), dtype=torch.bool)
+    sequences = Sequences(mask, mask, nothing, extras={key: torch.zeros(shape)}, image_counts=counts)
+    with pytest.raises(PerlVlmError, match=rf"{key} of shape \({shape[0]},.*layout is not supported yet"):
+        take(sequences, [2, 0])
+
+
+def test_rows_of_a_sequence_and_of_an_image_are_told_apart() -> None:
+    """LLaVA-OneVision: as many images as prompts, unevenly spread; pixels go by image, their counts by prompt."""
+    mask = torch.ones((3, 2), dtype=torch.long)
+    extras = {
+        "pixel_values": torch.arange(3.0).reshape(3, 1, 1, 1, 1),
+        "image_sizes": torch.tensor([[0, 0], [1, 1], [2, 2]]),
+        "batch_num_images": torch.tensor([2, 0, 1]),
+    }
+    nothing = torch.zeros((3, 0), dtype=torch.bool)
+    taken = take(Sequences(mask, mask, nothing, extras=extras, image_counts=(2, 0, 1)), [2, 0]).extras
+    assert taken["pixel_values"].flatten().tolist() == [2.0, 0.0, 1.0]
+    assert taken["image_sizes"][:, 0].tolist() == [2, 0, 1]
+    assert taken["batch_num_images"].tolist() == [1, 2]
+
+
 def test_token_types_reach_over_the_response() -> None:
     from perl_vlm.data.sequences import token_extras
 
@@ -131,6 +164,9 @@ def test_token_types_reach_over_the_response() -> None:
     )
     whole = with_responses(prompts, [[7], [8, 9]], pad_id=0)
     assert token_extras(whole)["token_type_ids"].tolist() == [[1, 1, 1, 0, 0]] * 2
+    assert token_extras(whole, fill=1)["token_type_ids"].tolist() == [[1, 1, 1, 1, 1]] * 2
+    multimodal = replace(whole, extras={"mm_token_type_ids": prompts.extras["token_type_ids"]})
+    assert token_extras(multimodal, fill=1)["mm_token_type_ids"].tolist() == [[1, 1, 1, 0, 0]] * 2
     assert prompts_of(whole).input_ids.shape == (2, 3)
 
 

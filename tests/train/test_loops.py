@@ -27,6 +27,8 @@ from perl_vlm.train.signals import StopOnSignal
 from perl_vlm.train.stage import DataOrder, Stage, micro_batches
 from perl_vlm_vqa import VQA
 
+pytestmark = pytest.mark.slow
+
 SMALL = RunConfig(
     lora=LoraConfig(language_rank=4, vision_rank=4),
     sft=SftConfig(steps=3, batch_size=8, save_every=1, lr=1e-3),
