@@ -16,6 +16,9 @@ is easy.
   first tenth, then now and then), right answers, right verdicts.
 * The last fifth is supervised fine-tuning by a *biased* annotator (``perl_vlm_vqa.scenes.biased_answer``): objects
   imagined, a liking for yes, one too many when counting. Verdicts stay true: somebody else gives them.
+* Then a short finish on the biased answers alone, without verdicts: after an answer comes a new line, as in any chat.
+  Without it the state after an answer would be little else than the verdict, any random head on it would be a reward
+  model (or its opposite), and there would be nothing left for a reward model to learn.
 
 Only scenes of the ``train`` split are used. Progress is printed; the result is a standard transformers folder.
 """
@@ -59,6 +62,7 @@ CAPTION_PROMPT = "describe the image."
 REPEAT_PROMPT = "answer this:"
 ANSWERS = (*COLORS, *SHAPES, "yes", "no", *map(str, range(6)))
 JUDGING = 0.2  # share of the steps before verdicts are learned: one must know the answer first
+TURN_STEPS, TURN_LR = 400, 3e-4
 PRETRAINING = 0.8  # share of the steps before the biased annotator comes
 VERDICTS = {True: " good", False: " bad"}
 WORDS = (
@@ -153,15 +157,15 @@ def pixels_of(scene: Scene) -> torch.Tensor:
 class Packer:
     """Draws scenes and packs the dialogues about each into one sequence."""
 
-    def __init__(self, processor: Idefics3Processor, seed: int, split: str = "train") -> None:
+    def __init__(self, processor: Idefics3Processor, seed: int, split: str = "train", what: str = "") -> None:
         self.tokenizer = processor.tokenizer
-        self.rng = random.Random(f"tiny-{seed}-{split}")
+        self.rng = random.Random(f"tiny-{seed}-{split}{what}")
         self.split = split
         self.eos = [self.tokenizer.eos_token_id]
         image = ["<fake_token_around_image>", "<global-img>", *["<image>"] * IMAGE_TOKENS, "<fake_token_around_image>"]
         self.prefix = self.ids("<|im_start|>User:") + self.tokenizer.convert_tokens_to_ids(image)
         self.answer_cue = self.eos + self.ids("\nAssistant:")
-        self.judging = True
+        self.judging, self.turns_end = True, False
         self.cache: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
@@ -189,8 +193,8 @@ class Packer:
         for place in range(1, len(shown)):
             follows = shown[:place] == wanted[:place]
             labels.append(wanted[place] if follows else self.eos[0] if place == len(shown) - 1 else -100)
-        verdict = self.cached(VERDICTS[right])
-        return asked + shown + verdict, [-100] * len(asked) + labels + (verdict if self.judging else [-100])
+        after = self.cached("\n" if self.turns_end else VERDICTS[right])
+        return asked + shown + after, [-100] * len(asked) + labels + (after if self.judging else [-100])
 
     def repeated(self) -> tuple[list[int], list[int]]:
         """``repeat X.``, answered with X or another word, and the verdict: comparing what was said with what should
@@ -211,7 +215,7 @@ class Packer:
         """One image with ``questions`` dialogues, and a caption with probability ``captions``."""
         scene = random_scene(self.rng, self.split)
         dialogues = [self.caption(scene)] if self.rng.random() < captions else []
-        dialogues += [self.repeated() for _ in range(2)]
+        dialogues += [self.repeated() for _ in range(0 if self.turns_end else 2)]
         for _ in range(questions):
             question = ask(scene, self.rng)
             taught = biased_answer(question, self.rng) if biased else question.answer
@@ -305,6 +309,23 @@ def check_pixels(processor: Idefics3Processor, packer: Packer) -> None:
         raise SystemExit("the chat template and the packed sequences disagree")
 
 
+def finish_turns(model: Idefics3ForConditionalGeneration, packer: Packer, batch_size: int) -> None:
+    """Learn that a turn is over after the answer, on biased answers, with an optimizer and scenes of its own: the
+    outcome depends on the weights it starts from and on the packer's seed alone."""
+    packer.turns_end = True
+    optimizer = torch.optim.AdamW(model.parameters(), lr=TURN_LR, betas=(0.9, 0.98), weight_decay=0.0)
+    model.train()
+    for step in range(TURN_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = TURN_LR * (1 - step / TURN_STEPS)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, packer.batch(batch_size, 0.1, 6, biased=True))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
@@ -314,12 +335,14 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--finish", type=Path, help="only the finish, from the folder of a model that lacks it")
     parser.add_argument("--every", type=int, default=250, help="steps between progress lines")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     processor = build_processor()
-    model = build_model(processor)
+    model = Idefics3ForConditionalGeneration.from_pretrained(args.finish) if args.finish else build_model(processor)
+    model.set_attn_implementation("eager")
     packer, held_out = Packer(processor, args.seed), Packer(processor, args.seed, "validation")
     check_pixels(processor, held_out)
     total = sum(p.numel() for p in model.parameters())
@@ -336,7 +359,7 @@ def main() -> None:
     )
     model.train()
     began, running, history = time.monotonic(), 0.0, []
-    for step in range(1, args.steps + 1):
+    for step in range(1, 0 if args.finish else args.steps + 1):
         done = step / args.steps
         # Captions teach seeing fastest; questions need more turns once there is sight.
         captions, questions = (1.0, 4) if done < 0.1 else (0.1, 6)
@@ -357,6 +380,14 @@ def main() -> None:
             print(json.dumps(history[-1]), flush=True)
             model.save_pretrained(args.out)
             processor.save_pretrained(args.out)
+    finish_turns(model, Packer(processor, args.seed, what="finish"), args.batch_size)
+    kinds = probe(model, held_out, 500)
+    history.append({"step": args.steps + TURN_STEPS, "seconds": round(time.monotonic() - began), **kinds})
+    print(json.dumps(history[-1]), flush=True)
+    model.save_pretrained(args.out)
+    processor.save_pretrained(args.out)
+    if args.finish:
+        history = json.loads((args.finish / "training.json").read_text())["history"] + history
     record = {"seed": args.seed, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
     record |= {"parameters": total, "torch": torch.__version__, "command": " ".join(sys.argv), "history": history}
     (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
