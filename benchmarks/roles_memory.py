@@ -3,15 +3,16 @@
     python benchmarks/roles_memory.py
 
 Builds a model of SmolVLM-256M's shape with random weights in bfloat16, then holds reference, policy, value and reward
-model, once as roles of one base (LoRA) and once as copies (``--tuning full``'s layout), each in a process of its own,
-alternating and repeated. Reports bytes of parameters and the growth of the process's resident memory over the bare
-process (libraries loaded, no model), and writes both, with ratios, to ``benchmarks/results/roles_memory.json``.
-Optimizer states are left out: see the training benchmarks for those.
+model, once as roles of one base (LoRA) and once as four copies in the same type, each in a process of its own,
+alternating and repeated. (``--tuning full`` itself keeps its trained copies in float32, which is more still.) Reports
+bytes of parameters and the growth of the process's resident memory over the bare process (libraries loaded, no model),
+and writes both, with ratios, to ``benchmarks/results/roles_memory.json``. Optimizer states are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -40,7 +41,7 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def measure(tuning: str) -> dict[str, int]:
+def measure(arm: str) -> dict[str, int]:
     """Hold the four roles in this process and count."""
     import torch
     from transformers import GenerationConfig, Idefics3Config, Idefics3ForConditionalGeneration
@@ -59,15 +60,19 @@ def measure(tuning: str) -> dict[str, int]:
         "random", None, model, processor, processor.tokenizer, (2,), True, GenerationConfig(eos_token_id=2)
     )
     base = resident_bytes() - bare
-    roles = Roles(backbone, LoraConfig(), tuning=tuning)  # type: ignore[arg-type]
-    roles.add("policy")
-    roles.add("value", head="value")
-    roles.add("reward", head="reward")
-    parameters = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    for name in roles.names[1:]:
-        parameters |= {id(p): p.numel() * p.element_size() for p in roles.parameters(name).values()}
+    count = backbone.parameter_count
+    if arm == "adapters":
+        roles = Roles(backbone, LoraConfig())
+        roles.add("policy")
+        roles.add("value", head="value")
+        roles.add("reward", head="reward")
+        held = [p for name in roles.names[1:] for p in roles.parameters(name).values()]
+    else:
+        copies = [copy.deepcopy(model) for _ in range(3)]
+        held = [p for other in copies for p in other.parameters()]
+    parameters = {id(p): p.numel() * p.element_size() for p in [*model.parameters(), *held]}
     return {
-        "base_parameters": backbone.parameter_count,
+        "base_parameters": count,
         "base_resident_bytes": base,
         "all_roles_parameter_bytes": sum(parameters.values()),
         "all_roles_resident_bytes": resident_bytes() - bare,
@@ -76,13 +81,13 @@ def measure(tuning: str) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arm", choices=("lora", "full"), help="measure one arm in this process and print it")
+    parser.add_argument("--arm", choices=("adapters", "copies"), help="measure one arm in this process and print it")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     if args.arm:
         print(json.dumps(measure(args.arm)))
         return
-    runs: dict[str, list[dict[str, int]]] = {"lora": [], "full": []}
+    runs: dict[str, list[dict[str, int]]] = {"adapters": [], "copies": []}
     for _ in range(args.repeats):
         for arm, found in runs.items():
             command = [sys.executable, __file__, "--arm", arm]
@@ -100,16 +105,16 @@ def main() -> None:
         "hardware": f"{platform.machine()}, CPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "repeats": args.repeats,
-        "one_base_with_adapters": median["lora"],
-        "four_copies": median["full"],
+        "one_base_with_adapters": median["adapters"],
+        "four_copies": median["copies"],
         "ratio_parameter_bytes": round(
-            median["lora"]["all_roles_parameter_bytes"] / median["full"]["all_roles_parameter_bytes"], 3
+            median["adapters"]["all_roles_parameter_bytes"] / median["copies"]["all_roles_parameter_bytes"], 3
         ),
         "ratio_resident_bytes": round(
-            median["lora"]["all_roles_resident_bytes"] / median["full"]["all_roles_resident_bytes"], 3
+            median["adapters"]["all_roles_resident_bytes"] / median["copies"]["all_roles_resident_bytes"], 3
         ),
         "adapters_over_base_parameter_bytes": round(
-            median["lora"]["all_roles_parameter_bytes"] / (median["full"]["all_roles_parameter_bytes"] / 4), 3
+            median["adapters"]["all_roles_parameter_bytes"] / (median["copies"]["all_roles_parameter_bytes"] / 4), 3
         ),
     }
     RESULTS.parent.mkdir(exist_ok=True)
