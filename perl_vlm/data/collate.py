@@ -56,8 +56,3 @@ class Collator:
         responses = [self.renderer.response_ids(rating.response, rating.origin) for rating in ratings]
         sequences = with_responses(self.renderer.prompts(ratings), responses, self.renderer.backbone.pad_id)
         return sequences, torch.tensor([float(rating.label) for rating in ratings])
-
-    def responses(self, examples: Sequence[Example], texts: Sequence[str]) -> Sequences:
-        """B prompts with the given responses, for scoring answers that were written elsewhere."""
-        responses = [self.renderer.response_ids(text) for text in texts]
-        return with_responses(self.renderer.prompts(examples), responses, self.renderer.backbone.pad_id)

@@ -61,18 +61,6 @@ def take(sequences: Sequences, rows: Sequence[int]) -> Sequences:
     )
 
 
-def prompts_of(sequences: Sequences) -> Sequences:
-    """The prompts alone, R = 0."""
-    width = sequences.prompt_width
-    return Sequences(
-        input_ids=sequences.input_ids[:, :width],
-        attention_mask=sequences.attention_mask[:, :width],
-        response_mask=sequences.response_mask[:, :0],
-        extras=sequences.extras,
-        image_counts=sequences.image_counts,
-    )
-
-
 def to_device(sequences: Sequences, device: torch.device) -> Sequences:
     """Move every tensor."""
     return Sequences(

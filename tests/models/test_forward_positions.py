@@ -12,7 +12,7 @@ from perl_vlm.config import LoraConfig
 from perl_vlm.data.collate import Collator
 from perl_vlm.data.images import BlankImage
 from perl_vlm.data.render import Renderer
-from perl_vlm.data.sequences import prompts_of, take, with_responses
+from perl_vlm.data.sequences import take, with_responses
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.backbone import Backbone
 from perl_vlm.models.roles import REFERENCE, Roles
@@ -167,7 +167,7 @@ def test_token_types_reach_over_the_response() -> None:
     assert token_extras(whole, fill=1)["token_type_ids"].tolist() == [[1, 1, 1, 1, 1]] * 2
     multimodal = replace(whole, extras={"mm_token_type_ids": prompts.extras["token_type_ids"]})
     assert token_extras(multimodal, fill=1)["mm_token_type_ids"].tolist() == [[1, 1, 1, 0, 0]] * 2
-    assert prompts_of(whole).input_ids.shape == (2, 3)
+    assert whole.prompt_width == 3
 
 
 def test_responses_are_checked() -> None:
