@@ -19,6 +19,8 @@ is easy.
 * Then a short finish on the biased answers alone, without verdicts: after an answer comes a new line, as in any chat.
   Without it the state after an answer would be little else than the verdict, any random head on it would be a reward
   model (or its opposite), and there would be nothing left for a reward model to learn.
+* Last, the embeddings of the tokens that none of this uses are told apart (``spread_unused``), without which no LoRA
+  could teach the model to write anything but the words above.
 
 Only scenes of the ``train`` split are used. Progress is printed; the result is a standard transformers folder.
 """
@@ -63,6 +65,7 @@ REPEAT_PROMPT = "answer this:"
 ANSWERS = (*COLORS, *SHAPES, "yes", "no", *map(str, range(6)))
 JUDGING = 0.2  # share of the steps before verdicts are learned: one must know the answer first
 TURN_STEPS, TURN_LR = 400, 3e-4
+UNUSED_COSINE = 0.9  # to the median row, which is an unused one since most are
 PRETRAINING = 0.8  # share of the steps before the biased annotator comes
 VERDICTS = {True: " good", False: " bad"}
 WORDS = (
@@ -326,6 +329,22 @@ def finish_turns(model: Idefics3ForConditionalGeneration, packer: Packer, batch_
         optimizer.step()
 
 
+@torch.no_grad()
+def spread_unused(model: Idefics3ForConditionalGeneration) -> int:
+    """Give each token that was never trained an embedding of its own; returns how many there are.
+
+    Such a token only ever appears in the softmax's denominator, so all of them were pushed the same way and ended as
+    nearly one vector (mean cosine 0.997). Their embedding is also the output layer, which LoRA leaves frozen: no
+    hidden state could then prefer one of them to another. Each gets the common vector, which keeps them as unlikely
+    as they were, plus a random one of length 1, about the length of a trained row.
+    """
+    rows = model.model.text_model.embed_tokens.weight
+    unused = (torch.nn.functional.cosine_similarity(rows, rows.median(0).values[None]) > UNUSED_COSINE).nonzero()[:, 0]
+    noise = torch.randn(len(unused), rows.shape[1], generator=torch.Generator().manual_seed(0))
+    rows[unused] = rows[unused].mean(0) + noise / noise.norm(dim=1, keepdim=True)
+    return len(unused)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
@@ -336,12 +355,14 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--finish", type=Path, help="only the finish, from the folder of a model that lacks it")
+    parser.add_argument("--spread", type=Path, help="only the last step, from the folder of a model that lacks it")
     parser.add_argument("--every", type=int, default=250, help="steps between progress lines")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     processor = build_processor()
-    model = Idefics3ForConditionalGeneration.from_pretrained(args.finish) if args.finish else build_model(processor)
+    trained = args.finish or args.spread
+    model = Idefics3ForConditionalGeneration.from_pretrained(trained) if trained else build_model(processor)
     model.set_attn_implementation("eager")
     packer, held_out = Packer(processor, args.seed), Packer(processor, args.seed, "validation")
     check_pixels(processor, held_out)
@@ -359,7 +380,7 @@ def main() -> None:
     )
     model.train()
     began, running, history = time.monotonic(), 0.0, []
-    for step in range(1, 0 if args.finish else args.steps + 1):
+    for step in range(1, 0 if trained else args.steps + 1):
         done = step / args.steps
         # Captions teach seeing fastest; questions need more turns once there is sight.
         captions, questions = (1.0, 4) if done < 0.1 else (0.1, 6)
@@ -380,14 +401,16 @@ def main() -> None:
             print(json.dumps(history[-1]), flush=True)
             model.save_pretrained(args.out)
             processor.save_pretrained(args.out)
-    finish_turns(model, Packer(processor, args.seed, what="finish"), args.batch_size)
+    if not args.spread:
+        finish_turns(model, Packer(processor, args.seed, what="finish"), args.batch_size)
+    print(f"{spread_unused(model)} of {len(processor.tokenizer)} tokens were never trained", flush=True)
     kinds = probe(model, held_out, 500)
     history.append({"step": args.steps + TURN_STEPS, "seconds": round(time.monotonic() - began), **kinds})
     print(json.dumps(history[-1]), flush=True)
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
-    if args.finish:
-        history = json.loads((args.finish / "training.json").read_text())["history"] + history
+    if trained:
+        history = json.loads((trained / "training.json").read_text())["history"] + history
     record = {"seed": args.seed, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
     record |= {"parameters": total, "torch": torch.__version__, "command": " ".join(sys.argv), "history": history}
     (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
