@@ -2,7 +2,7 @@
 
     python benchmarks/reward_models.py --data ../shared/data coffee ticketing harmless summeval realsumm screenagent
 
-Both arms get the same number of trials of one epoch, which are compared on validation records alone; the best setting
+Both arms get the same number of short trials, which are compared on validation records alone; the best setting
 of each is then trained for ``--epochs`` epochs, its best weights chosen on validation too, and scored once on the test
 records (the sets' own validation files, which no choice looks at). Baselines: the majority class, a logistic regression
 on the response's length, and one on bags of words (its strength chosen on validation). Intervals are bootstrapped over
@@ -51,22 +51,33 @@ class Feedback:
 
 SETS = {
     "coffee": Feedback(
-        "dialogue", "dialogue/taskmaster/tm4_coffee_reward", {"format": "taskmaster_reward", "max_context_chars": 400}
+        "dialogue",
+        "dialogue/taskmaster/tm4_coffee_reward",
+        {"format": "taskmaster_reward", "max_context_chars": 240},
+        train_limit=1600,
     ),
     "ticketing": Feedback(
         "dialogue",
         "dialogue/taskmaster/tm3_ticketing_reward",
-        {"format": "taskmaster_reward", "max_context_chars": 400},
+        {"format": "taskmaster_reward", "max_context_chars": 240},
+        train_limit=1600,
     ),
-    "harmless": Feedback("dialogue", "dialogue/hh_harmless", {"format": "hh", "max_context_chars": 400}),
+    "harmless": Feedback(
+        "dialogue", "dialogue/hh_harmless", {"format": "hh", "max_context_chars": 240}, train_limit=800
+    ),
     "summeval": Feedback(
-        "summarization", "summarization/summeval", {"format": "summeval", "max_document_chars": 500}, train_limit=1000
+        "summarization", "summarization/summeval", {"format": "summeval", "max_document_chars": 300}, train_limit=800
     ),
     "realsumm": Feedback(
-        "summarization", "summarization/realsumm", {"format": "realsumm", "max_document_chars": 500}, train_limit=1000
+        "summarization", "summarization/realsumm", {"format": "realsumm", "max_document_chars": 300}, train_limit=800
     ),
     "screenagent": Feedback(
-        "ui_automation", "ui_automation/screenagent", {"format": "screenagent"}, 384, 384, model="tiny"
+        "ui_automation",
+        "ui_automation/screenagent",
+        {"format": "screenagent", "answers": "actions", "hint": False},
+        384,
+        96,
+        model="tiny",
     ),
 }
 TRIALS: dict[str, dict[str, list[dict[str, Any]]]] = {
@@ -129,7 +140,7 @@ class Scorer:
         config = RunConfig(
             model="tiny" if self.set.model == "tiny" else encoder(),
             device="cpu",
-            dtype=self.dtype if arm == "lora" else "float32",  # type: ignore[arg-type]
+            dtype=self.dtype,  # type: ignore[arg-type]
             tuning=arm,  # type: ignore[arg-type]
             max_prompt_tokens=self.set.max_prompt_tokens,
             max_response_tokens=self.set.max_response_tokens,
@@ -138,7 +149,7 @@ class Scorer:
             ),
             rm=RmConfig(
                 steps=steps, batch_size=32, accumulate=2, lr=trial["lr"], warmup=max(1, steps // 10),
-                eval_every=max(1, steps // 8), select_by="loss", normalise=normalise, save_every=100_000,
+                eval_every=max(1, steps // 6), select_by="loss", normalise=normalise, save_every=100_000,
             ),
             eval=EvalConfig(split="validation"),
             task=self.task.config,
@@ -287,7 +298,7 @@ def study(name: str, arguments: argparse.Namespace, found: dict[str, Any], save:
         for arm in ("lora", "full"):
             trials = own.setdefault("trials", {}).setdefault(arm, [])
             for trial in TRIALS[scorer.set.model][arm][len(trials) :]:
-                done = scorer.train(arm, trial, 1)
+                done = scorer.train(arm, trial, arguments.trial_epochs)
                 given = done.pop("scores")
                 done[f"validation_{main}"] = quick(
                     given["validation"], scorer.records["validation"], scorer.pairs, main
@@ -312,8 +323,11 @@ def main() -> None:
     parser.add_argument("sets", nargs="+", choices=list(SETS))
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("PERL_VLM_DATA", "../shared/data")))
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--epochs", type=float, default=4, help="of the chosen setting; trials take one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of LoRA's frozen base")
+    parser.add_argument("--epochs", type=float, default=3, help="of the chosen setting")
+    parser.add_argument("--trial_epochs", type=float, default=0.5, help="of each setting that is tried")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="what both arms multiply in"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     result: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"sets": {}}

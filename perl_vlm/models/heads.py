@@ -60,7 +60,8 @@ class ScalarHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The raw outputs, before any constant: [..., H] -> [..., O], float32."""
-        return nn.functional.linear(hidden.float(), self.weight, self.bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight, self.bias)
 
     def score(self, hidden: Tensor) -> Tensor:
         """The reward, ``sum_o mix_o (raw_o - mean_o) / std_o``: [..., H] -> [...].

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,8 +56,9 @@ class Roles:
     Args:
         backbone: the frozen base.
         lora: adapter settings, the same for every role.
-        tuning: ``lora``, or ``full`` for a float32 copy of the base in each trained role. Its language tower and its
-            projector train; its vision tower does too unless ``lora.vision_rank`` is 0.
+        tuning: ``lora``, or ``full`` for a float32 copy of the base in each trained role, which multiplies in bfloat16
+            where the base is in bfloat16. Its language tower and its projector train; its vision tower does too unless
+            ``lora.vision_rank`` is 0.
         seed: initial weights of a role depend on this and on the role's name alone.
     """
 
@@ -251,13 +252,20 @@ class Roles:
         self._act(role.model, role.adapters, own if training else (), training and self.tuning == "full")
         self._nested += 1
         try:
-            yield role.model
+            with self._arithmetic(role.model):
+                yield role.model
         finally:
             self._nested -= 1
             if self._nested:
                 self._act(role.model, *before)
             elif training:
                 self._act(role.model, role.adapters, (), False)
+
+    def _arithmetic(self, model: Any) -> AbstractContextManager[Any]:
+        """A full copy holds float32 weights; where the base is in bfloat16, it multiplies in that too."""
+        narrow = next(self.backbone.model.parameters()).dtype is torch.bfloat16
+        mixed = self.tuning == "full" and narrow and model is not self.backbone.model
+        return torch.autocast(self.backbone.device.type, torch.bfloat16) if mixed else nullcontext()
 
     def _act(self, model: Any, active: Sequence[str], dropping: Sequence[str], own_dropout: bool) -> None:
         self.adapters.activate(active)

@@ -287,6 +287,26 @@ def test_full_tuning_trains_a_copy_and_leaves_the_base(backbone: Backbone, batch
     assert sum(roles.counts("policy").values()) == backbone.parameter_count
 
 
+def test_a_full_copy_of_a_narrow_base_multiplies_as_narrowly(batch: Sequences) -> None:
+    roles = Roles(load_backbone("tiny", device="cpu", dtype="bfloat16"), LoraConfig(), tuning="full")
+    roles.add("policy")
+    roles.add("reward", head="reward")
+    with roles.acting("policy") as model:
+        assert torch.is_autocast_enabled("cpu")
+        assert next(model.parameters()).dtype == torch.float32
+    with roles.acting(REFERENCE):
+        assert not torch.is_autocast_enabled("cpu")
+    found = outputs(roles, batch)
+    assert found["reward head"].dtype == torch.float32
+    torch.testing.assert_close(found["policy"], found[REFERENCE], atol=0.1, rtol=0.05)
+    before, base = outputs(roles, batch), digest(roles)
+    train_steps(roles, batch, "reward")
+    after = outputs(roles, batch)
+    assert digest(roles) == base
+    assert not torch.equal(before["reward head"], after["reward head"])
+    assert torch.equal(before["policy"], after["policy"])
+
+
 def test_weights_of_another_shape_are_refused(backbone: Backbone, roles: Roles, tmp_path: Path) -> None:
     roles.add("policy")
     state = roles.adapters.state("policy")
