@@ -53,23 +53,23 @@ SETS = {
     "coffee": Feedback(
         "dialogue",
         "dialogue/taskmaster/tm4_coffee_reward",
-        {"format": "taskmaster_reward", "max_context_chars": 240},
-        train_limit=1600,
+        {"format": "taskmaster_reward", "max_context_chars": 400},
+        train_limit=2000,
     ),
     "ticketing": Feedback(
         "dialogue",
         "dialogue/taskmaster/tm3_ticketing_reward",
-        {"format": "taskmaster_reward", "max_context_chars": 240},
-        train_limit=1600,
+        {"format": "taskmaster_reward", "max_context_chars": 400},
+        train_limit=2000,
     ),
     "harmless": Feedback(
-        "dialogue", "dialogue/hh_harmless", {"format": "hh", "max_context_chars": 240}, train_limit=800
+        "dialogue", "dialogue/hh_harmless", {"format": "hh", "max_context_chars": 400}, train_limit=800
     ),
     "summeval": Feedback(
-        "summarization", "summarization/summeval", {"format": "summeval", "max_document_chars": 300}, train_limit=800
+        "summarization", "summarization/summeval", {"format": "summeval", "max_document_chars": 400}, train_limit=600
     ),
     "realsumm": Feedback(
-        "summarization", "summarization/realsumm", {"format": "realsumm", "max_document_chars": 300}, train_limit=800
+        "summarization", "summarization/realsumm", {"format": "realsumm", "max_document_chars": 400}, train_limit=600
     ),
     "screenagent": Feedback(
         "ui_automation",
@@ -123,14 +123,14 @@ class Scorer:
         )  # fmt: skip
         self.task = kind(config)
         self.runs = 0
-        stage = self.stage({"lr": 1e-4}, "lora", 1, "none")
+        stage = self.stage({"lr": 1e-4}, "lora", 1, 1)
         self.records = {split: list(stage.preferences(split)) for split in ("train", "validation", "test")}
         if self.set.train_limit and len(self.records["train"]) > self.set.train_limit:
             chosen = random.Random(0).sample(range(len(self.records["train"])), self.set.train_limit)
             self.records["train"] = [self.records["train"][place] for place in sorted(chosen)]
         self.pairs = self.task.reward_head().kind == "pairs"
 
-    def stage(self, trial: dict[str, Any], arm: str, steps: int, normalise: Any) -> Any:
+    def stage(self, trial: dict[str, Any], arm: str, steps: int, evaluations: int) -> Any:
         """A reward stage of its own, on a base loaded anew."""
         from perl_vlm.config import EvalConfig, LoraConfig, RmConfig, RunConfig
         from perl_vlm.train.rundir import RunDir
@@ -149,7 +149,7 @@ class Scorer:
             ),
             rm=RmConfig(
                 steps=steps, batch_size=32, accumulate=2, lr=trial["lr"], warmup=max(1, steps // 10),
-                eval_every=max(1, steps // 6), select_by="loss", normalise=normalise, save_every=100_000,
+                eval_every=max(1, steps // evaluations), select_by="loss", normalise="none", save_every=100_000,
             ),
             eval=EvalConfig(split="validation"),
             task=self.task.config,
@@ -164,7 +164,7 @@ class Scorer:
         from perl_vlm.train.scoring import score_feedback
 
         steps = max(1, round(epochs * len(self.records["train"]) / 32))
-        stage = self.stage(trial, arm, steps, "none")
+        stage = self.stage(trial, arm, steps, max(1, round(2 * epochs)))
         for split, records in self.records.items():
             stage.seen["preferences", split] = records
         began = time.monotonic()
@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("PERL_VLM_DATA", "../shared/data")))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--epochs", type=float, default=3, help="of the chosen setting")
-    parser.add_argument("--trial_epochs", type=float, default=0.5, help="of each setting that is tried")
+    parser.add_argument("--trial_epochs", type=float, default=0.4, help="of each setting that is tried")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="what both arms multiply in"
     )

@@ -198,8 +198,9 @@ def load_backbone(
             auto: Any = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
             auto = {"encoder": AutoModel, "clip": ClipRewardModel}.get(kind, auto)
             options: dict[str, Any] = encoder_options(config) if kind == "encoder" else {}
-            if name == "tiny" and where.type == "cpu":
-                # At the bundled model's size a CPU runs plain attention faster than the fused kernel.
+            if where.type == "cpu" and (name == "tiny" or kind == "encoder"):
+                # Short texts and small models: a CPU runs plain attention faster than the fused kernel (MiniLM in
+                # bfloat16, 16 x 128 tokens, forward and backward: 1.6 times).
                 options["attn_implementation"] = "eager"
             if quantised is not None:
                 options |= {"quantization_config": quantised, "device_map": {"": where}}
