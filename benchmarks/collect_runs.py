@@ -21,7 +21,13 @@ import yaml
 from perl_vlm.config import RunConfig
 from perl_vlm.train.rundir import flatten
 
-KEPT = ("anchor/accuracy", "policy/accuracy", "gain/accuracy", "policy/kl", "eval/examples")
+KEPT = ("anchor", "policy", "gain", "win_rate", "reward_model", "eval")
+
+
+def kept(name: str) -> bool:
+    """Figures of a whole run: the parts of it, such as kinds of question, stay in its report."""
+    group, _, rest = name.partition("/")
+    return group in KEPT and "/" not in rest
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -32,12 +38,13 @@ def figures(folder: Path) -> dict[str, Any]:
     metrics = summary["metrics"]
     return {
         "run": folder.name,
+        "task": summary["task"],
         "model_fingerprint": summary["base_fingerprint"][:12],
         "seed": summary["seed"],
         "seconds": summary["seconds"],
         "peak_memory_bytes": summary["peak_memory_bytes"],
-        "metrics": {key: value for key, value in metrics.items() if key in KEPT or key.startswith("reward_model/")},
-        "ci95": summary["ci95"],
+        "metrics": {key: value for key, value in metrics.items() if kept(key)},
+        "ci95": {key: value for key, value in summary["ci95"].items() if kept(key)},
         "settings": {
             key: value
             for key, value in settings.items()
@@ -65,12 +72,13 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for run in result["runs"]:
-        low, high = run["ci95"]["gain/accuracy"]
-        print(
-            f"{run['run']}: {run['metrics']['anchor/accuracy']:.3f} -> {run['metrics']['policy/accuracy']:.3f}, gain "
-            f"{100 * run['metrics']['gain/accuracy']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], pair accuracy "
-            f"{run['metrics'].get('reward_model/pair_accuracy', float('nan')):.3f}, {run['seconds']:.0f} s"
-        )
+        found = run["metrics"]
+        print(f"{run['run']}, {run['seconds']:.0f} s")
+        for key, (low, high) in run["ci95"].items():
+            group, _, name = key.partition("/")
+            if group == "gain":
+                before, after = found[f"anchor/{name}"], found[f"policy/{name}"]
+                print(f"  {name}: {before:.3f} -> {after:.3f}, gain {found[key]:+.3f} [{low:+.3f}, {high:+.3f}]")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ class Feedback:
     train_limit: int = 0
     """At most this many training records, 0 for all: two cores have little time."""
     model: str = "minilm"
+    passes: float = 1
+    """Multiplies the epochs of trials and of the chosen setting: small sets take more."""
 
 
 SETS = {
@@ -60,24 +62,25 @@ SETS = {
         "dialogue",
         "dialogue/taskmaster/tm3_ticketing_reward",
         {"format": "taskmaster_reward", "max_context_chars": 400},
-        train_limit=2000,
+        train_limit=1500,
     ),
     "harmless": Feedback(
-        "dialogue", "dialogue/hh_harmless", {"format": "hh", "max_context_chars": 400}, train_limit=800
+        "dialogue", "dialogue/hh_harmless", {"format": "hh", "max_context_chars": 400}, train_limit=500
     ),
     "summeval": Feedback(
-        "summarization", "summarization/summeval", {"format": "summeval", "max_document_chars": 400}, train_limit=600
+        "summarization", "summarization/summeval", {"format": "summeval", "max_document_chars": 400}, train_limit=500
     ),
     "realsumm": Feedback(
-        "summarization", "summarization/realsumm", {"format": "realsumm", "max_document_chars": 400}, train_limit=600
+        "summarization", "summarization/realsumm", {"format": "realsumm", "max_document_chars": 400}, train_limit=500
     ),
     "screenagent": Feedback(
         "ui_automation",
         "ui_automation/screenagent",
-        {"format": "screenagent", "answers": "actions", "hint": False},
-        384,
+        {"format": "screenagent", "answers": "actions", "hint": False, "feedback": "labels"},
+        256,
         96,
         model="tiny",
+        passes=5,
     ),
 }
 TRIALS: dict[str, dict[str, list[dict[str, Any]]]] = {
@@ -163,6 +166,7 @@ class Scorer:
         from perl_vlm.train.reward import train_reward_model
         from perl_vlm.train.scoring import score_feedback
 
+        epochs *= self.set.passes
         steps = max(1, round(epochs * len(self.records["train"]) / 32))
         stage = self.stage(trial, arm, steps, max(1, round(2 * epochs)))
         for split, records in self.records.items():

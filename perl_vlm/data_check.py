@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from perl_vlm.errors import BadRecord, BadRecords, PerlVlmError
+from perl_vlm.data.images import content_key
+from perl_vlm.errors import Absent, BadRecord, BadRecords, PerlVlmError
 from perl_vlm.preview import printable
 from perl_vlm.report.files import write_atomically
 from perl_vlm.task import Task
@@ -54,7 +55,8 @@ class Checked:
     """Records that were looked at, those that the adapter left out among them."""
     problems: tuple[Problem, ...]
     note: str = ""
-    """Why the set could not be opened."""
+    """Why there is no such set; one that is there and cannot be opened is a problem."""
+    opened: bool = True
 
     @property
     def name(self) -> str:
@@ -69,7 +71,7 @@ def check_data(task: Task, out: str | None) -> int:
         out: a file for all problems, one JSON object a line.
 
     Returns:
-        The exit code: 1 where any record is bad or no set can be opened, else 0.
+        The exit code: 1 where any record is bad, or a set is there and cannot be opened, or there is none, else 0.
     """
     found = list(look(task))
     told: dict[tuple[Split, Problem], str] = {}
@@ -80,7 +82,7 @@ def check_data(task: Task, out: str | None) -> int:
     if out is not None:
         lines = [{"split": split, "kind": kind, **dataclasses.asdict(one)} for (split, one), kind in told.items()]
         _write(Path(out), "".join(json.dumps(line) + "\n" for line in lines))
-    opened = any(not one.note for one in found)
+    opened = any(one.opened for one in found)
     print("no set could be opened" if not opened else f"{len(told)} problems" if told else "no problems found")
     return 0 if opened and not told else 1
 
@@ -91,7 +93,8 @@ def _print(one: Checked, new: Sequence[Problem], *, whole: bool) -> None:
         print(printable(f"{one.name}: {one.note}"))
         return
     again = len(one.problems) - len(new)
-    print(f"{one.name}: {one.count:,} records, {len(one.problems)} bad" + (f", {again} told above" if again else ""))
+    counted = f"{one.count:,} records, {len(one.problems)} bad" if one.opened else "cannot be opened"
+    print(f"{one.name}: {counted}" + (f", {again} told above" if again else ""))
     for problem in new[:SHOWN]:
         print(printable(f"  {problem.where}: {problem.problem}. {problem.remedy}"))
     if len(new) > SHOWN:
@@ -131,8 +134,10 @@ def _look_at(
         records: Sequence[Record] = getattr(task, kind)(split)
     except BadRecords as error:
         return Checked(split, kind, len(error.records), tuple(map(_told, error.records)))
-    except (PerlVlmError, NotImplementedError) as error:
-        return Checked(split, kind, 0, (), note=f"cannot be opened. {error}")
+    except (Absent, NotImplementedError) as error:
+        return Checked(split, kind, 0, (), note=f"there are none. {error}", opened=False)
+    except PerlVlmError as error:
+        return Checked(split, kind, 0, (_whole(error, split),), opened=False)
     limit = GENERATED if getattr(task.config, "source", None) == "generated" else len(records)
     objectives = list(task.reward_head().objectives) if kind == "preferences" else []
     problems: list[Problem] = []
@@ -151,6 +156,13 @@ def _look_at(
     told = {(problem.where, problem.problem) for problem in problems}
     new = [problem for problem in left_out if (problem.where, problem.problem) not in told]
     return Checked(split, kind, count + len(new), (*new, *problems))
+
+
+def _whole(error: PerlVlmError, split: Split) -> Problem:
+    """Why a set that should be there cannot be opened."""
+    if isinstance(error, BadRecord):
+        return _told(error)
+    return Problem(f"the {split} split", str(error).rstrip("."), "Mend it, or take it away")
 
 
 def _told(error: BadRecord) -> Problem:
@@ -211,7 +223,7 @@ def _broken(image: ImageSource, known: dict[ImageSource, str]) -> str:
 def _leaks(record: Record, split: Split, where: str, seen: dict[Hashable, dict[Split, str]]) -> Iterator[Problem]:
     """Whether the record's prompt, pictures included, stands in another split too."""
     words = repr([(message.role, message.content) for message in record.messages])
-    key = hashlib.sha256(f"{words}{record.images!r}".encode(errors="replace")).digest()
+    key = hashlib.sha256(words.encode(errors="replace")).digest(), tuple(map(_picture_key, record.images))
     places = seen.setdefault(key, {})
     for other, first in places.items():
         if other != split and split not in places:
@@ -221,6 +233,13 @@ def _leaks(record: Record, split: Split, where: str, seen: dict[Hashable, dict[S
                 "What is tested on must not be trained on: remove one of them, or split by prompt",
             )
     places.setdefault(split, where)
+
+
+def _picture_key(image: ImageSource) -> Hashable:
+    try:
+        return content_key(image)
+    except Exception:
+        return repr(image)  # it does not open, which is told of as such
 
 
 def _watched(items: Iterable[Item], what: str) -> Iterator[Item]:

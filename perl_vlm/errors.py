@@ -9,6 +9,11 @@ class PerlVlmError(Exception):
     """Something the user can mend. The text says what was sought, what was found and what would be right."""
 
 
+class Absent(PerlVlmError):
+    """The data has none of what was asked for: not this split, or no records of this sort. Whoever can do without it
+    goes on; a split that is there and cannot be read is another PerlVlmError."""
+
+
 class BadRecord(PerlVlmError):
     """A record of a data set cannot be used.
 
@@ -21,6 +26,19 @@ class BadRecord(PerlVlmError):
     def __init__(self, origin: str, problem: str, remedy: str) -> None:
         super().__init__(f"{origin}: {problem}. {remedy}")
         self.origin, self.problem, self.remedy = origin, problem, remedy
+
+
+class TooLong(BadRecord):
+    """Prompts have more tokens than the model is given.
+
+    Args:
+        origin, problem, remedy: of the first one, as in BadRecord.
+        records: all of them, the objects that were to be rendered.
+    """
+
+    def __init__(self, origin: str, problem: str, remedy: str, records: Sequence[object] = ()) -> None:
+        super().__init__(origin, problem, remedy)
+        self.records = tuple(records)
 
 
 class BadRecords(PerlVlmError):

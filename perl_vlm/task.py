@@ -41,6 +41,8 @@ class Environment(Protocol):
 
     A prompt says all about where its episode stands (its metadata may hold a seed and the actions so far), so that an
     environment may bring the world there again after a crash, and what a response earns depends on nothing else.
+
+    It may have ``counts``, numbers by name of whatever happened in it so far, which every training round logs.
     """
 
     max_turns: int

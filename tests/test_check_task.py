@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from perl_vlm.errors import BadRecord
+from perl_vlm.data.images import ImageBytes, to_png_bytes
+from perl_vlm.errors import BadRecord, PerlVlmError
 from perl_vlm.task import Task
-from perl_vlm.testing import check_task
-from perl_vlm.types import Comparison, Example, ImageSlot, Message, Rating, RewardHead, Split, Step
+from perl_vlm.testing import check_task, hooks
+from perl_vlm.types import SPLITS, Comparison, Example, ImageSlot, Message, Rating, RewardHead, Split, Step
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,15 @@ class World:
 
     def __init__(self, moody: bool | None = False) -> None:
         self.moody, self.calls = moody, 0
+        self.log: list[str] = []
 
     def step(self, prompts: Sequence[Example], responses: Sequence[str]) -> list[Step]:
         self.calls += 1
+        self.log.append("step")
         return [] if self.moody is None else [Step(self.calls * float(self.moody)) for _ in prompts]
 
     def close(self) -> None:
-        pass
+        self.log.append("close")
 
 
 EMPTY, MOODY = World(None), World(True)
@@ -155,6 +159,110 @@ def test_optional_parts_that_keep_the_contract_pass() -> None:
     chosen = with_examples(lambda e, i: replace(e, choices=("a", "b")))
     chosen.judge_choices = lambda self, e, logprobs: {"accuracy": float(logprobs[0] > logprobs[1])}  # type: ignore[method-assign]
     check_task(chosen())
+
+
+def test_an_environment_is_closed_at_the_end_and_not_before() -> None:
+    world, faulty = World(), World(None)
+    check_task(with_members(environment=lambda self: world)())
+    assert world.log.count("step") > 4
+    first = world.log.index("close")
+    assert set(world.log[:first]) == {"step"}
+    assert set(world.log[first:]) == {"close"}
+    with pytest.raises(AssertionError, match="one Step for each"):
+        check_task(with_members(environment=lambda self: faulty)())
+    assert faulty.log[-1] == "close", "a fault leaves no browser behind"
+
+
+def earned(self: Task, example: Example, response: str) -> dict[str, float]:
+    return {"accuracy": float(example.metadata["episode_return"] > 0)}
+
+
+def test_a_live_task_that_judges_episodes_alone_passes_and_is_judged_by_episodes() -> None:
+    world = World()
+    live: dict[str, Any] = {"environment": lambda self: world, "verify": lambda self, e, r: None}
+    check_task(with_members(**live, evaluate=earned)())
+    with pytest.raises(AssertionError, match="not finite for an episode"):
+        check_task(
+            with_members(**live, evaluate=lambda self, e, r: {"accuracy": e.metadata["episode_turns"] * math.nan})()
+        )
+    with pytest.raises(AssertionError, match="KeyError"):
+        check_task(with_members(**live, evaluate=lambda self, e, r: {"accuracy": e.metadata["missing"]})())
+    # One that judges single answers too is held to what it says of them.
+    with pytest.raises(AssertionError, match=r"scores 0\.5 on accuracy"):
+        check_task(with_members(**live, evaluate=lambda self, e, r: {"accuracy": 0.5})())
+
+
+def test_stored_pictures_are_compared_by_their_bytes() -> None:
+    def stored(example: Example, index: int) -> Example:
+        return replace(example, images=(ImageBytes(to_png_bytes(Patch((9, 9, index)).load()), example.id),))
+
+    with pytest.raises(AssertionError, match="train and validation share 20 of the prompt with its pictures"):
+        check_task(with_examples(stored)())
+
+
+def test_an_import_that_takes_too_long_is_told_with_what_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from perl_vlm_vqa import VQA
+
+    def never(*args: Any, **settings: Any) -> Any:
+        raise subprocess.TimeoutExpired("python", settings["timeout"], stderr=b"x" * 5000 + b"fetching the dictionary")
+
+    monkeypatch.setattr(hooks.subprocess, "run", never)
+    told = r"importing perl_vlm_vqa.*more than 120 s.*fetching the dictionary"
+    with pytest.raises(PerlVlmError, match=told) as caught:
+        check_task(VQA())
+    assert len(str(caught.value)) < 1200
+
+
+@pytest.mark.parametrize(
+    ("given", "stages", "judged_on"),
+    [
+        ({"preferences": False}, ["sft", "ppo", "eval"], "test"),
+        ({"splits": ("train", "validation")}, ["sft", "rm", "ppo", "eval"], "validation"),
+        ({"splits": ("test",), "preferences": False}, ["eval"], "test"),
+    ],
+    ids=["no preferences", "no test", "test alone"],
+)
+def test_with_a_model_what_is_not_there_is_not_asked_for(
+    given: dict[str, Any], stages: list[str], judged_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from perl_vlm.testing import training
+
+    class Partial(Sound):
+        def examples(self, split: Split) -> Sequence[Example]:
+            assert split in given.get("splits", SPLITS), f"{split} was asked for"
+            return super().examples(split)
+
+        def preferences(self, split: Split) -> Sequence[Comparison] | Sequence[Rating]:
+            assert given.get("preferences", True), "preferences were asked for"
+            assert split in given.get("splits", SPLITS), f"{split} was asked for"
+            return super().preferences(split)
+
+    seen: list[Any] = []
+    monkeypatch.setattr(training, "run_stage", lambda stage, began: seen.append(stage))
+    check_task(Partial(), samples=4, model="tiny", **given)
+    assert [stage.name for stage in seen] == stages
+    config = seen[-1].config
+    assert config.eval.split == judged_on
+    assert config.ppo.reward_model == ("learned" if given.get("preferences", True) else "untrained")
+    for stage in seen:
+        for split in SPLITS:
+            absent = not given.get("preferences", True) or split not in given.get("splits", SPLITS)
+            if split != "train":
+                assert (len(stage.preferences(split)) == 0) == absent
+            if split not in given.get("splits", SPLITS):
+                assert not stage.demonstrations(split, needed=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [{"preferences": False, "splits": ("train", "test")}, {"splits": ("test",)}])
+def test_with_a_model_a_task_without_preferences_or_splits_takes_its_steps(given: dict[str, Any]) -> None:
+    class Bare(Sound):
+        def preferences(self, split: Split) -> Sequence[Comparison] | Sequence[Rating]:
+            if not given.get("preferences", True):
+                raise PerlVlmError("there are none")
+            return super().preferences(split)
+
+    check_task(Bare(), samples=4, model="tiny", **given)
 
 
 @pytest.mark.slow

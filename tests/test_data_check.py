@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,6 +126,55 @@ def test_a_renamed_column_that_is_not_there_is_named_with_those_that_are(
     text = capsys.readouterr().out
     assert "`victor`" in text
     assert "chosen, image, prompt, rejected" in text
+
+
+def test_a_split_that_is_there_and_cannot_be_opened_is_a_problem(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder / "train.jsonl", [pair("a.png", number) for number in range(4)])
+    write(folder / "test.jsonl", [pair("c.png", 30)])
+    (folder / "validation.jsonl").unlink()
+    (folder / "validation.json").write_text("[{")
+    assert run(folder) == 1
+    text = capsys.readouterr().out
+    assert "validation preferences: cannot be opened" in text
+    assert "validation.json cannot be read as JSON" in text
+    assert "1 problems" in text, "told once, not for examples and preferences apart"
+
+
+def test_a_split_that_is_simply_not_there_is_told_of_and_no_problem(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "train.jsonl").unlink()
+    (folder / "test.jsonl").unlink()
+    assert run(folder) == 0
+    text = capsys.readouterr().out
+    assert "train preferences: there are none" in text
+    assert "test preferences: 2 records, 0 bad" in text
+    write(folder / "train.jsonl", [pair("a.png", number) for number in range(4)])
+    write(folder / "validation.jsonl", [])
+    write(folder / "test.jsonl", [pair("c.png", 30)])
+    assert run(folder) == 0
+    assert "validation preferences: there are none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shade", [7, 9])
+def test_one_stored_picture_in_two_splits_is_a_leak(
+    shade: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, own in (("train", 7), ("validation", 8), ("test", shade)):
+        stored = io.BytesIO()
+        Image.new("RGB", (4, 4), (own, 0, 0)).save(stored, "PNG")
+        rows = [{"prompt": ASKED, "chosen": "red", "rejected": "blue", "image": {"bytes": stored.getvalue()}}]
+        table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+        table.to_parquet(str(data / f"{split}.parquet"))
+    assert run(data) == (1 if shade == 7 else 0)
+    assert ("the same prompt stands in train: train.parquet row 1" in capsys.readouterr().out) == (shade == 7)
 
 
 class Odd(Task):

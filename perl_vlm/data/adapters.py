@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from perl_vlm.data.checking import PictureCheck
 from perl_vlm.data.columns import detect_format, to_comparison, to_example, to_rating
 from perl_vlm.data.config import DataConfig
 from perl_vlm.data.sources import LoadedRows, Opened, collect, open_source
-from perl_vlm.errors import BadRecord, PerlVlmError
+from perl_vlm.errors import Absent, BadRecord, PerlVlmError
 from perl_vlm.task import Task
 from perl_vlm.types import SPLITS, Comparison, Example, Rating, RewardHead, Split
 
@@ -36,6 +36,10 @@ class Adapter(Protocol):
 class Source:
     """Reads rows and makes records of them; adapters build on it."""
 
+    split_key: ClassVar[str | None] = None
+    """The column of what stays in one split where splits are made of one table, such as a conversation or a document;
+    the picture, or without one the prompt, where None."""
+
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         self.skipped: dict[str, list[BadRecord]] = {}
@@ -50,7 +54,7 @@ class Source:
 
     def rows(self, split: Split) -> LoadedRows:
         """The rows of a split, as many as the configuration takes."""
-        return self.opened.rows(split, self.config.size(split), self.config.data_seed)
+        return self.opened.rows(split, self.config.size(split), self.config.data_seed, key=self.split_key)
 
     def root(self, rows: LoadedRows) -> Path | None:
         """The folder that image paths must lie under."""
@@ -72,7 +76,9 @@ class Source:
         if bad:
             self.skipped[name] = bad
         if not records:
-            raise PerlVlmError(f"There are no {name} in {self.config.place}.")
+            # Nothing can be trained without training records; a held-out split that has none is as good as not there.
+            kind = PerlVlmError if split == "train" else Absent
+            raise kind(f"There are no {name} in {self.config.place}.")
         return records
 
     def examples(self, split: Split) -> Sequence[Example]:

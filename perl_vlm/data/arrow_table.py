@@ -5,13 +5,13 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from perl_vlm.data.images import ImageBytes
+from perl_vlm.data.images import ImageBytes, key_of_bytes
 from perl_vlm.data.screening import HEAD, Peek, peek_at
 from perl_vlm.errors import BadRecord
 
@@ -171,6 +171,11 @@ class CellImage:
         """Row and column in words."""
         column = "".join(f"[{key}]" if isinstance(key, int) else key for key in self.keys)
         return f"{self.table.origin(self.index)} column {column}"
+
+    @property
+    def content_key(self) -> Hashable:
+        """A hash of its bytes, read where they lie."""
+        return key_of_bytes(self.table.encoded(self.index, self.keys))
 
     def read(self) -> bytes:
         """Return the encoded picture."""

@@ -18,6 +18,7 @@ Every refusal is a BadRecord that names the picture, the problem and the remedy,
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import random
@@ -26,7 +27,7 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -70,6 +71,11 @@ class ImageFile:
     origin: str = field(default="", compare=False, repr=False)
     """The row that it belongs to, for error messages."""
 
+    @property
+    def content_key(self) -> Hashable:
+        """Its absolute path."""
+        return "file", os.path.abspath(os.path.join(self.root or "", self.path))
+
     def load(self) -> Image.Image:
         """Return the picture as RGB. Raises BadRecord where it cannot be read safely."""
         name = str(self.path)
@@ -106,6 +112,11 @@ class ImageBytes:
     name: str
     """What error messages call it."""
 
+    @property
+    def content_key(self) -> Hashable:
+        """A hash of its bytes."""
+        return key_of_bytes(self.data)
+
     def load(self) -> Image.Image:
         """Return the picture as RGB. Raises BadRecord where it cannot be read safely."""
         return decode_image(io.BytesIO(self.data), self.name)
@@ -130,6 +141,11 @@ class ZipMember:
     def name(self) -> str:
         """What error messages call it."""
         return f"{Path(self.archive_path).name}:{self.member}"
+
+    @property
+    def content_key(self) -> Hashable:
+        """The archive's absolute path and the member's name."""
+        return "member", os.path.abspath(self.archive_path), self.member
 
     def load(self) -> Image.Image:
         """Return the picture as RGB. Raises BadRecord where it cannot be read safely."""
@@ -199,6 +215,28 @@ class ShuffledImage:
         for (left, top), place in zip(places, order, strict=True):
             mixed.paste(picture.crop((left, top, left + width, top + height)), place)
         return mixed
+
+
+def content_key(source: ImageSource) -> Hashable:
+    """What tells whether two sources give one picture, wherever they stand.
+
+    Of a file or an archive's member its place, which costs nothing; of a picture stored in a row a hash of its bytes;
+    of a source with another ``content_key`` that; else the source itself, or a hash of its pixels where it cannot be
+    hashed. Raises BadRecord where a picture would have to be read for it and cannot.
+    """
+    given: Any = source
+    key: Hashable = getattr(given, "content_key", given)
+    try:
+        hash(key)
+    except TypeError:
+        picture = source.load()
+        return "pixels", picture.mode, picture.size, hashlib.sha256(picture.tobytes()).hexdigest()
+    return key
+
+
+def key_of_bytes(data: bytes | memoryview) -> Hashable:
+    """The content key of an encoded picture."""
+    return "bytes", hashlib.sha256(data).hexdigest()
 
 
 @lru_cache(maxsize=8)

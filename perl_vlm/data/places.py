@@ -56,7 +56,7 @@ def _opener(folder: Path, files: Sequence[Path]) -> Callable[[], Table]:
 
 
 def _file_opener(file: Path, name: str) -> Callable[[], Table]:
-    keep = once if file.suffix in (".parquet", ".jsonl") else kept
+    keep = once if file.suffix.lower() in (".parquet", ".jsonl") else kept
     return keep(partial(open_table, file, name))
 
 
@@ -69,7 +69,20 @@ def _saved_tables(path: Path) -> Openers:
     except (OSError, ValueError, KeyError) as error:
         raise PerlVlmError(f"{path} looks like a saved data set but cannot be read: {error}.") from error
     parts = saved if isinstance(saved, DatasetDict) else {path.name: saved}
-    return {split_named(key): once(partial(ArrowTable, part, key)) for key, part in parts.items()}
+    by_split: dict[Split | None, list[str]] = {}
+    for name in parts:
+        by_split.setdefault(split_named(name), []).append(name)
+    if set(by_split) != {None}:
+        by_split.pop(None, None)
+    for key, names in by_split.items():
+        if len(names) > 1:
+            # Not joined: parts with names of their own, such as train_sft and train_prefs, hold records of two sorts.
+            which = f"several splits for {key}" if key else "several splits, and none is a known name"
+            raise PerlVlmError(
+                f"{path} holds {which}: {', '.join(names)}. Name the folder of one of them: --task.path "
+                f"{path / names[0]}"
+            )
+    return {key: once(partial(ArrowTable, parts[name], name)) for key, (name,) in by_split.items()}
 
 
 def once(opener: Callable[[], Table]) -> Callable[[], Table]:

@@ -10,7 +10,7 @@ import torch
 from jinja2 import TemplateError
 
 from perl_vlm.data.sequences import join_prompts, per_token, unknown_per_token
-from perl_vlm.errors import BadRecord, PerlVlmError
+from perl_vlm.errors import BadRecord, PerlVlmError, TooLong
 from perl_vlm.types import Comparison, Example, ImageSlot, Message, Rating, Sequences
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Renderer:
     def prompts(self, records: Sequence[Prompted]) -> Sequences:
         """Render the prompts of B records: ids padded on the left, pixels as the processor makes them.
 
-        Raises BadRecord for a prompt that is too long, for images given to a model that sees none, where slots and
+        Raises TooLong for prompts that are, BadRecord for images given to a model that sees none, where slots and
         images differ in number, and where the model's template or processor refuses the record.
         """
         for record in records:
@@ -102,14 +102,16 @@ class Renderer:
             batch = join_prompts([self._seen(record) for record in records], self.backbone.pad_id)
         else:
             batch = self._read(records)
-        for record, length in zip(records, batch.attention_mask.sum(dim=1).tolist(), strict=True):
-            if length > self.max_prompt_tokens:
-                raise BadRecord(
-                    _name(record),
-                    f"the prompt has {length} tokens with its images, more than --max_prompt_tokens "
-                    f"{self.max_prompt_tokens}",
-                    "Prompts are not cut, for a cut may fall among image tokens: raise the limit or shorten the prompt",
-                )
+        lengths = zip(records, batch.attention_mask.sum(dim=1).tolist(), strict=True)
+        long = [(record, length) for record, length in lengths if length > self.max_prompt_tokens]
+        if long:
+            raise TooLong(
+                _name(long[0][0]),
+                f"the prompt has {long[0][1]} tokens with its images, more than --max_prompt_tokens "
+                f"{self.max_prompt_tokens}",
+                "Prompts are not cut, for a cut may fall among image tokens: raise the limit or shorten the prompt",
+                [record for record, _ in long],
+            )
         return batch
 
     def _read(self, records: Sequence[Prompted]) -> Sequences:

@@ -31,5 +31,6 @@ class PromptRenderer(Protocol):
         ...
 
     def prompts(self, records: Sequence[Example | Comparison | Rating]) -> Sequences:
-        """B prompts padded on the left. Raises BadRecord for a record that cannot be rendered."""
+        """B prompts padded on the left. Raises BadRecord for a record that cannot be rendered; TooLong, which is one,
+        lets an episode whose prompt has grown too long end there."""
         ...

@@ -71,21 +71,25 @@ class Opened:
     root: Path | None
     """As in ``LoadedRows``."""
     columns: Mapping[str, str]
-    _tenths: dict[Split | None, bytes] = field(default_factory=dict)
+    _tenths: dict[tuple[Split | None, str | None], bytes] = field(default_factory=dict)
 
-    def rows(self, split: Split, limit: int = 0, seed: int = 0) -> LoadedRows:
-        """The rows of a split: at most ``limit``, drawn evenly by ``seed`` and kept in order; 0 for all."""
-        wanted, key = plan(self.tables, split, self.place)
-        table = self.tables[key]()
+    def rows(self, split: Split, limit: int = 0, seed: int = 0, *, key: str | None = None) -> LoadedRows:
+        """The rows of a split: at most ``limit``, drawn evenly by ``seed`` and kept in order; 0 for all.
+
+        ``key`` is a column, such as that of a conversation: where splits are made of one table, rows with one value in
+        it are in one split. Rows without a value, and all without ``key``, go by their picture or prompt.
+        """
+        wanted, named = plan(self.tables, split, self.place)
+        table = self.tables[named]()
         if self.columns:
             table = Renamed(table, self.columns)
 
         def known(divide: Callable[[], bytes]) -> bytes:
-            if key not in self._tenths:
-                self._tenths[key] = divide()
-            return self._tenths[key]
+            if (named, key) not in self._tenths:
+                self._tenths[named, key] = divide()
+            return self._tenths[named, key]
 
-        return LoadedRows(table, choose(table, wanted, limit, seed, known), self.root)
+        return LoadedRows(table, choose(table, wanted, limit, seed, known, key), self.root)
 
 
 def open_source(

@@ -32,7 +32,7 @@ from typing import Any
 from perl_vlm.data.arrow_table import CellImage
 from perl_vlm.data.messages import shared_beginning
 from perl_vlm.data.tables import SUFFIXES, Table
-from perl_vlm.errors import BadRecord, PerlVlmError
+from perl_vlm.errors import Absent, BadRecord, PerlVlmError
 from perl_vlm.types import Split
 
 Openers = dict[Split | None, Callable[[], Table]]
@@ -77,15 +77,16 @@ def plan(tables: Openers, split: Split, place: str) -> tuple[range, Split | None
         return whole, held_out[0]
     if split not in tables or (not base and len(held_out) == 1):
         found = ", ".join(str(key) for key in tables)
-        raise PerlVlmError(
+        raise Absent(
             f"{place} has no {split} records: it holds {found} alone. Add a file for {split} "
             f"(such as {split}.jsonl), or use this data with --eval.split test only."
         )
     return whole, split
 
 
-def choose(table: Table, wanted: range, limit: int, seed: int, known: Known) -> Sequence[int]:
-    """At most ``limit`` rows (0 for all) of the wanted tenths, drawn evenly and put in order."""
+def choose(table: Table, wanted: range, limit: int, seed: int, known: Known, key: str | None = None) -> Sequence[int]:
+    """At most ``limit`` rows (0 for all) of the wanted tenths, drawn evenly and put in order. ``key`` is the column of
+    what stays in one tenth, in place of the picture or the prompt."""
     order: Sequence[int] = range(len(table))
     everything = len(wanted) == _TENTHS
     if everything and (not limit or limit >= len(table)):
@@ -96,18 +97,20 @@ def choose(table: Table, wanted: range, limit: int, seed: int, known: Known) -> 
         return sorted(order[:limit])
     # Reading all rows in order is several times faster than as many here and there.
     if not limit or limit * _TENTHS // len(wanted) * _FASTER > len(table):
-        tenths = known(lambda: bytes(map(_tenth, table.read(range(len(table))))))
+        tenths = known(lambda: bytes(_tenth(row, key) for row in table.read(range(len(table)))))
         chosen = (index for index in order if tenths[index] in wanted)
     else:
-        chosen = (index for index, row in zip(order, table.read(order), strict=True) if _tenth(row) in wanted)
+        chosen = (index for index, row in zip(order, table.read(order), strict=True) if _tenth(row, key) in wanted)
     return sorted(itertools.islice(chosen, limit or None))
 
 
-def _tenth(row: dict[str, Any] | BadRecord) -> int:
+def _tenth(row: dict[str, Any] | BadRecord, key: str | None = None) -> int:
     """The tenth of the records that a row belongs to, by its content."""
     if isinstance(row, BadRecord):
         return 0  # reported with the training records
-    return int.from_bytes(hashlib.sha256(_content_key(row)).digest()[:8], "big") % _TENTHS
+    kept = row.get(key) if key is not None else None
+    content = _content_key(row) if kept is None else str(kept).encode(errors="replace")
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") % _TENTHS
 
 
 def _content_key(row: dict[str, Any]) -> bytes:

@@ -8,6 +8,7 @@ count from 1 as in an editor: line numbers for JSON lines.
 from __future__ import annotations
 
 import bisect
+import codecs
 import csv
 import gzip
 import itertools
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import datasets
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
+_LONGEST_FIELD = 2**31 - 1
+"""Characters of a CSV field: a long document passes the 128 KiB that the csv module takes by default."""
 _LINE_REMEDY = "Each line is one JSON object; mend or remove this one"
 
 
@@ -53,7 +56,7 @@ class JsonLines:
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
         self._lines: list[bytes] | None = None
-        if path.suffix == ".gz":
+        if _is_gzipped(path):
             with gzip.open(path, "rb") as stream:
                 self._lines = stream.read().splitlines(keepends=True)
         # Eight bytes a row each: the offset of its line (its place in _lines), and the line's number.
@@ -61,7 +64,7 @@ class JsonLines:
         offset = 0
         with path.open("rb") as plain:
             for number, line in enumerate(plain if self._lines is None else self._lines, start=1):
-                if line.strip():
+                if line.removeprefix(codecs.BOM_UTF8).strip():
                     self._starts.append(offset if self._lines is None else number - 1)
                     self._numbers.append(number)
                 offset += len(line)
@@ -223,8 +226,7 @@ def open_table(path: Path, name: str) -> Table:
             return Rows(_read_csv(path, name), name)
         if kind == "jsonl" or not _begins_with_bracket(path):
             return JsonLines(path, name)
-        opener: Any = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rb") as stream:
+        with _opened(path) as stream:
             value = json.loads(stream.read())
         return Rows(value, name)
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
@@ -234,13 +236,22 @@ def open_table(path: Path, name: str) -> Table:
 
 
 def _begins_with_bracket(path: Path) -> bool:
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as stream:
-        return bool(stream.read(4096).lstrip().startswith(b"["))
+    with _opened(path) as stream:
+        return bool(stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["))
+
+
+def _is_gzipped(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _opened(path: Path) -> Any:
+    return gzip.open(path, "rb") if _is_gzipped(path) else path.open("rb")
 
 
 def _read_csv(path: Path, name: str) -> list[Mapping[str, Any] | BadRecord]:
     rows: list[Mapping[str, Any] | BadRecord] = []
+    # Of the whole process, and never lowered again, since another thread may be reading.
+    csv.field_size_limit(_LONGEST_FIELD)
     with path.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream)
         while True:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from perl_vlm.errors import PerlVlmError
+from perl_vlm.errors import PerlVlmError, TooLong
 from perl_vlm.task import Environment
 from perl_vlm.types import Example
 
@@ -31,7 +31,8 @@ class Turn(Generic[Answer]):
     """Its place in the episode, from 0."""
     prompt: Example
     """With ``episode_return`` and ``episode_turns`` in its metadata: what was earned from this turn on (for number 0
-    the return of the whole episode), and how many turns the episode had."""
+    the return of the whole episode), and how many turns the episode had; and ``episode_truncated``, which is true,
+    where it ended because its next prompt was too long."""
     answer: Answer
 
 
@@ -42,26 +43,31 @@ def play(
 ) -> list[Turn[Answer]]:
     """Play an episode from every example to its end; all open episodes take their turns together.
 
+    An episode whose prompt grows longer than the model is given ends before that turn, with what it earned so far.
+
     Args:
         environment: the task's.
         examples: the first prompts, one for each episode.
         answer: gives the answers to the prompts of a turn; it is told which episodes they belong to and the turn's
-            number.
+            number. It raises TooLong before anything else where some prompts are, and is then asked for the others'.
 
     Returns:
         All turns, by episode and then by number.
 
     Raises:
         PerlVlmError: the environment gave back another number of steps than it was given responses.
+        TooLong: a first prompt is.
     """
     prompts = dict(enumerate(examples))
     turns: list[list[tuple[Example, Answer, float]]] = [[] for _ in examples]
+    truncated: set[int] = set()
     for number in range(environment.max_turns):
-        places = list(prompts)
+        waiting = set(prompts)
+        places, answers = _answered(prompts, answer, number)
+        truncated |= waiting - set(places)
         if not places:
             break
         asked = [prompts[place] for place in places]
-        answers = answer(asked, places, number)
         steps = environment.step(asked, [given.text for given in answers])
         if len(steps) != len(asked):
             raise PerlVlmError(f"the environment gave {len(steps)} steps for {len(asked)} responses; it gives one each")
@@ -70,11 +76,32 @@ def play(
             if step.next is not None:
                 prompts[place] = step.next
     return [
-        Turn(episode, number, _annotated(prompt, sum(reward for *_, reward in own[number:]), len(own)), given)
+        Turn(episode, number, _annotated(prompt, own[number:], len(own), truncated=episode in truncated), given)
         for episode, own in enumerate(turns)
         for number, (prompt, given, _) in enumerate(own)
     ]
 
 
-def _annotated(prompt: Example, earned: float, turns: int) -> Example:
-    return replace(prompt, metadata={**prompt.metadata, "episode_return": earned, "episode_turns": turns})
+def _answered(
+    prompts: dict[int, Example],
+    answer: Callable[[Sequence[Example], Sequence[int], int], Sequence[Answer]],
+    number: int,
+) -> tuple[list[int], Sequence[Answer]]:
+    """The open episodes and their answers. Episodes whose prompt is too long are taken out of ``prompts``."""
+    while prompts:
+        places = list(prompts)
+        try:
+            return places, answer([prompts[place] for place in places], places, number)
+        except TooLong as error:
+            long = [place for place in places if any(prompts[place] is record for record in error.records)]
+            if number == 0 or not long:
+                raise
+            for place in long:
+                del prompts[place]
+    return [], []
+
+
+def _annotated(prompt: Example, rest: Sequence[tuple[Any, Any, float]], turns: int, *, truncated: bool) -> Example:
+    """A prompt with what is known of its episode; ``rest`` are the turns from its own on."""
+    known = {"episode_return": sum(reward for *_, reward in rest), "episode_turns": turns}
+    return replace(prompt, metadata={**prompt.metadata, **known, **({"episode_truncated": True} if truncated else {})})

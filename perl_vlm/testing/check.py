@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from perl_vlm.data.images import content_key
 from perl_vlm.task import Task
 from perl_vlm.testing.hooks import (
     Fault,
@@ -26,11 +27,14 @@ from perl_vlm.testing.hooks import (
     check_config,
     check_demonstrations,
     check_environment,
+    check_episodes,
     check_light,
     check_metadata,
     check_objective,
     check_odd_responses,
     check_totals,
+    close_environment,
+    judges_alone,
     require,
 )
 from perl_vlm.types import SPLITS, Comparison, Example, ImageSlot, Rating, Split
@@ -54,62 +58,78 @@ def check_task(
     open and count as many as their slots; references score 1 on the primary metric and under ``verify``; rejected
     responses score lower than chosen ones; preferences are of the type that the reward head is trained on; whatever a
     policy says is judged by finite numbers; the task is imported without torch; demonstrations, choices, totals and the
-    environment, where the task has them, keep the contract. With a model, records fit into its prompts and one step of
-    every stage trains on them.
+    environment, where the task has them, keep the contract; the environment is closed at the end. With a model, records
+    fit into its prompts and one step of every stage that they allow trains on them.
 
     Args:
         task: the task, configured so that its data can be read.
         samples: how many records of each split, evenly spaced, are looked at in full. Of the first eight times as
             many, ids and prompts are compared.
-        splits: the splits that the task has.
+        splits: the splits that the task has; without ``train``, a model is only evaluated.
         preferences: whether the task's data has any; some sets are prompts alone.
         model: render for this model and train a step of every stage on it; ``tiny``, the bundled one, takes seconds.
         max_prompt_tokens: with a model, the longest prompt that is let through.
 
     Raises:
         AssertionError: what is wrong, where, and how to mend it.
+        PerlVlmError: importing the task takes minutes.
     """
     _check_class(task)
     check_config(task)
     check_light(task)
-    kept: dict[str, dict[Split, dict[Hashable, str]]] = {"id": {}, "prompt with its pictures": {}, "picture": {}}
-    for split in splits:
-        _check_split(task, split, samples, preferences, kept)
-    _check_apart(task, kept)
-    environment = task.environment()
-    if environment is not None:
-        check_environment(task, environment, task.examples(splits[0]))
-    if model is not None:
-        from perl_vlm.testing.training import check_training
+    again = type(task)(task.config)
+    try:
+        kept: dict[str, dict[Split, dict[Hashable, str]]] = {"id": {}, "prompt with its pictures": {}, "picture": {}}
+        for split in splits:
+            _check_split(task, again, split, samples, preferences, kept)
+        _check_apart(task, kept)
+        environment = task.environment()
+        if environment is not None:
+            prompts = _spaced(task.examples(splits[0]), 2)
+            check_environment(task, environment, prompts)
+            check_episodes(task, environment, prompts)
+        if model is not None:
+            from perl_vlm.testing.training import check_training
 
-        check_training(task, model, samples, max_prompt_tokens)
+            check_training(task, model, samples, max_prompt_tokens, splits, preferences)
+    finally:
+        close_environment(again)
+        close_environment(task)
 
 
 def _check_split(
-    task: Task, split: Split, samples: int, preferences: bool, kept: dict[str, dict[Split, dict[Hashable, str]]]
+    task: Task,
+    again: Task,
+    split: Split,
+    samples: int,
+    preferences: bool,
+    kept: dict[str, dict[Split, dict[Hashable, str]]],
 ) -> None:
-    """Check one split's records; notes ids, prompts and pictures in ``kept``."""
-    examples, first_examples = _load(task, "examples", split, samples)
-    pairs, first_pairs = _load(task, "preferences", split, samples) if preferences else ([], [])
+    """Check one split's records; notes ids, prompts and pictures in ``kept``. ``again`` is a second task of the same
+    configuration."""
+    examples, first_examples = _load(task, again, "examples", split, samples)
+    pairs, first_pairs = _load(task, again, "preferences", split, samples) if preferences else ([], [])
     kept["id"][split] = {record.id: record.id for record in first_examples}
     pictures = kept["picture"][split] = {}
+    alone = judges_alone(task, examples[0])
     for example in examples:
         pictures.update(dict.fromkeys(_check_prompt(task, example), example.id))
         check_metadata(task, example)
         if example.choices:
             check_choices(task, example)
-        else:
+        elif alone:
             _check_reference(task, example)
-    judged = [example for example in examples if not example.choices and example.reference is not None]
+    judged = [example for example in examples if alone and not example.choices and example.reference is not None]
     for example in judged[:2]:
         check_odd_responses(task, example)
-    check_totals(task, judged)
+    if alone:
+        check_totals(task, judged)
     if type(task).demonstrations is not Task.demonstrations:
-        check_demonstrations(task, _load(task, "demonstrations", split, samples)[0])
+        check_demonstrations(task, _load(task, again, "demonstrations", split, samples)[0])
     for preference in pairs:
         pictures.update(dict.fromkeys(_check_prompt(task, preference), preference.id))
         check_metadata(task, preference)
-        _check_preference(task, preference)
+        _check_preference(task, preference, alone)
         check_objective(task, preference)
     kept["prompt with its pictures"][split] = {
         _prompt_key(record): record.id for record in (*first_examples, *first_pairs)
@@ -127,7 +147,7 @@ def _check_class(task: Task) -> None:
     require(task, frozen, "`Config` must be a dataclass with frozen=True; its fields become the --task.* flags")
 
 
-def _load(task: Task, what: str, split: Split, samples: int) -> tuple[list[Any], list[Any]]:
+def _load(task: Task, again: Task, what: str, split: Split, samples: int) -> tuple[list[Any], list[Any]]:
     """The records to look at in full, and the first ones, after a check of lengths and ids."""
     records = getattr(task, what)(split)
     require(
@@ -148,7 +168,7 @@ def _load(task: Task, what: str, split: Split, samples: int) -> tuple[list[Any],
         require(task, key not in seen, f"{what}({split!r}) has the id {key!r} twice; ids are unique within a split")
         seen.add(key)
     spaced = _spaced(records, samples)
-    _check_stable(task, what, split, len(records), spaced)
+    _check_stable(task, again, what, split, len(records), spaced)
     return spaced, first
 
 
@@ -157,11 +177,11 @@ def _spaced(records: Sequence[Any], samples: int) -> list[Any]:
     return [records[i * len(records) // count] for i in range(count)]
 
 
-def _check_stable(task: Task, what: str, split: Split, length: int, spaced: Sequence[Any]) -> None:
+def _check_stable(task: Task, again: Task, what: str, split: Split, length: int, spaced: Sequence[Any]) -> None:
     """A second task of the same configuration has the same records in the same order."""
-    again = getattr(type(task)(task.config), what)(split)
-    require(task, len(again) == length, f"{what}({split!r}) changed its length from one load to the next")
-    for old, new in zip(spaced, _spaced(again, len(spaced)), strict=True):
+    second = getattr(again, what)(split)
+    require(task, len(second) == length, f"{what}({split!r}) changed its length from one load to the next")
+    for old, new in zip(spaced, _spaced(second, len(spaced)), strict=True):
         require(
             task,
             old.id == new.id and _words(old) == _words(new),
@@ -235,7 +255,7 @@ def _check_reference(task: Task, example: Example) -> None:
     _evaluate(task, example, "")
 
 
-def _check_preference(task: Task, record: Comparison | Rating) -> None:
+def _check_preference(task: Task, record: Comparison | Rating, alone: bool) -> None:
     kind = task.reward_head().kind
     wanted = Comparison if kind == "pairs" else Rating
     require(
@@ -251,6 +271,8 @@ def _check_preference(task: Task, record: Comparison | Rating) -> None:
     for name, text in (("chosen", record.chosen), ("rejected", record.rejected)):
         require(task, isinstance(text, str) and text.strip(), f"record {record.id!r} has an empty {name} response")
     require(task, record.chosen != record.rejected, f"record {record.id!r}: chosen and rejected are the same")
+    if not alone:
+        return
     example = Example(
         record.id, record.messages, record.images, record.chosen, dict(record.metadata), origin=record.origin
     )
@@ -285,11 +307,7 @@ def _check_apart(task: Task, kinds: Mapping[str, Mapping[Split, Mapping[Hashable
 
 
 def _prompt_key(record: Example | Comparison | Rating) -> Hashable:
-    try:
-        hash(record.images)
-    except TypeError:
-        return (record.messages, tuple(_digest(image.load()) for image in record.images))
-    return (record.messages, record.images)
+    return (record.messages, tuple(map(content_key, record.images)))
 
 
 def _digest(picture: Image.Image) -> str:

@@ -11,11 +11,19 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
+from perl_vlm.errors import PerlVlmError
+from perl_vlm.rollout.episodes import play
 from perl_vlm.task import Environment, Task
 from perl_vlm.types import Comparison, Example, Rating, Step
 
 ODD_RESPONSES = ("", " \n", "\0", "word " * 2000, "\U0001f600 <image> {{x}} </s>", '{"a": ' * 500, "-1e999", "\ud800")
 """What a policy may say before it has learned anything: ``evaluate`` and ``verify`` judge it and do not fail."""
+
+
+IMPORT_S = 120
+"""Seconds that importing a task may take, on a machine that does other things too."""
+STDERR = 600
+"""Characters shown of what a failing import said."""
 
 
 class Fault(AssertionError):
@@ -44,10 +52,21 @@ def check_light(task: Task) -> None:
     names = {point.value.partition(":")[0] for point in entry_points(group="perl_vlm.tasks") if _names(point, task)}
     for module in sorted({*names, *([type(task).__module__] if names else [])}):
         program = f"import {module}, sys; sys.exit('torch' in sys.modules)"
-        heavy = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120).returncode
-        require(
-            task, heavy == 0, f"importing {module} imports torch (or fails); import it inside the methods that need it"
-        )
+        try:
+            done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=IMPORT_S)
+        except subprocess.TimeoutExpired as error:
+            raise PerlVlmError(
+                f"importing {module}, as the listing of tasks does, took more than {IMPORT_S} s{_end(error.stderr)}. "
+                "Download, compute and start things inside the methods that need them"
+            ) from error
+        text = f"importing {module} imports torch (or fails){_end(done.stderr)}; import it inside the methods that "
+        require(task, done.returncode == 0, f"{text}need it")
+
+
+def _end(stderr: bytes | None) -> str:
+    """What a program said last, for a message."""
+    said = (stderr or b"").decode(errors="replace").strip()
+    return f"; the end of what it said: {said[-STDERR:]}" if said else ""
 
 
 def _names(point: Any, task: Task) -> bool:
@@ -121,11 +140,55 @@ def check_demonstrations(task: Task, demonstrations: Sequence[Example]) -> None:
         require(task, example.reference, f"demonstrations: record {example.id!r} has no reference; SFT learns from it")
 
 
-def check_environment(task: Task, environment: Environment, examples: Sequence[Example]) -> None:
+def judges_alone(task: Task, example: Example) -> bool:
+    """Whether ``evaluate`` can be asked of an answer to an example as it is. Of a live task it may be able to judge
+    nothing but episodes, whose examples are annotated."""
+    if task.environment() is None:
+        return True
+    try:
+        for response in ("", example.reference or "x"):
+            task.evaluate(example, response)
+    except Exception:
+        return False
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    text: str
+
+
+def check_episodes(task: Task, environment: Environment, prompts: Sequence[Example]) -> None:
+    """Whatever is said in it, an episode that was played to its end is judged by finite numbers."""
+    for response in ("", *([prompts[0].reference] if prompts[0].reference else [])):
+        turns = play(environment, prompts, lambda asked, of, number, text=response: [_Said(text)] * len(asked))  # type: ignore[misc]
+        judged = []
+        for example in (turn.prompt for turn in turns if turn.number == 0):
+            place = f"an episode of {response[:24]!r} from record {example.id!r}"
+            try:
+                scores, reward = task.evaluate(example, response), task.verify(example, response)
+            except Exception as error:
+                text = f"evaluate() or verify() raised {type(error).__name__} for {place}: {error}"
+                raise Fault(f"{type(task).__name__}: {text}") from error
+            require(task, task.primary_metric in scores, f"evaluate() lacks {task.primary_metric!r} for {place}")
+            numbers = [*scores.values(), *([] if reward is None else [reward])]
+            require(task, all(map(math.isfinite, numbers)), f"evaluate() or verify() is not finite for {place}")
+            judged.append((example, scores))
+        totals = task.totals(judged)
+        require(task, all(map(math.isfinite, totals.values())), f"totals() of episodes returned {totals!r}")
+
+
+def close_environment(task: Task) -> None:
+    """Let go of what a task's environment holds, where it has one."""
+    environment = task.environment()
+    if environment is not None:
+        environment.close()
+
+
+def check_environment(task: Task, environment: Environment, prompts: Sequence[Example]) -> None:
     """The environment answers every response with a step, an odd one too, and the same ones again the next time."""
     require(task, environment is task.environment(), "environment() gives another object at each call; keep one")
     require(task, environment.max_turns >= 1, f"environment().max_turns is {environment.max_turns}; at least 1")
-    prompts = list(examples[:2])
     for response in ("", ODD_RESPONSES[4], *([prompts[0].reference] if prompts[0].reference else [])):
         found = []
         for _ in range(2):

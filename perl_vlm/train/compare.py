@@ -58,7 +58,7 @@ def compared(
     config: RunConfig, examples: Sequence[Example], anchor: Sequence[Answer], policy: Sequence[Answer], primary: str
 ) -> Figures:
     """``gain/<key>`` for every judgement; ``gain/<key>/<kind>`` and ``win_rate/<key>`` for the primary one and the
-    judge's. All with intervals, but for kinds that are one prompt or picture alone."""
+    judge's. All with intervals, but for what is one prompt or picture alone."""
     figures, groups = Figures(config), [group_of(example) for example in examples]
 
     def sides(key: str, places: Sequence[int]) -> tuple[list[float], list[float], list[object]]:
@@ -78,8 +78,6 @@ def compared(
             before, after, own = sides(key, places)
             if before:
                 figures.gain(f"gain/{key}/{kind}", before, after, own)
-            if len(set(own)) == 1:
-                del figures.ci95[f"gain/{key}/{kind}"]
     return figures
 
 

@@ -23,10 +23,11 @@ from perl_vlm.stats import Interval
 from perl_vlm.task import Environment
 from perl_vlm.train.choices import choice_ids, choice_logprobs
 from perl_vlm.train.compare import JUDGE, Answer, compared, headlines, role_figures, shares_of
+from perl_vlm.train.figures import ONE_GROUP
 from perl_vlm.train.judge import Judge
 from perl_vlm.train.log import SampleLog, progress, say
 from perl_vlm.train.sampling import ANCHOR, noise, sample
-from perl_vlm.train.stage import Stage, first
+from perl_vlm.train.stage import Stage
 from perl_vlm.types import Example
 
 KL_PROMPTS = 512
@@ -107,7 +108,7 @@ def _chosen(stage: Stage, role: str, examples: Sequence[Example], bar: Any) -> l
 
 def _played(stage: Stage, role: str, examples: Sequence[Example], environment: Environment, bar: Any) -> list[Answer]:
     """One process plays alone, a batch of episodes at a time: their prompts hold pictures."""
-    size, answers = stage.config.eval.batch_size, list[Answer]()
+    size, answers, cut = stage.config.eval.batch_size, list[Answer](), 0
     for block in stage.blocks(len(examples), size):
         part = [examples[place] for place in block]
         episodes: list[list[tuple[Example, _Response]]] = [[] for _ in part]
@@ -115,6 +116,7 @@ def _played(stage: Stage, role: str, examples: Sequence[Example], environment: E
             episodes[turn.episode].append((turn.prompt, turn.answer))
         for turns in episodes:
             said = [spoken for _, spoken in turns]
+            cut += "episode_truncated" in turns[0][0].metadata
             answers.append(
                 Answer(
                     response="\n".join(spoken.text for spoken in said),
@@ -124,6 +126,11 @@ def _played(stage: Stage, role: str, examples: Sequence[Example], environment: E
                 )
             )
         bar.update(len(part))
+    if cut:
+        stage.warn(
+            f"{cut} of {len(examples)} episodes of {role} ended where their prompt grew longer than "
+            f"--max_prompt_tokens {stage.config.max_prompt_tokens}; they are judged by what they had earned until then"
+        )
     return answers
 
 
@@ -131,7 +138,7 @@ def evaluate(stage: Stage) -> Evaluation:
     """Compare the policy with its anchor on the evaluation split; the anchor alone where there is no policy."""
     stage.begin()
     config, task = stage.config.eval, stage.task
-    examples = first(stage.examples(config.split), config.limit)
+    examples = stage.some_examples(config.split, config.limit)
     judge = None if config.judge is None else Judge(stage)
     if judge is not None:
         judge.check(examples)
@@ -153,6 +160,8 @@ def evaluate(stage: Stage) -> Evaluation:
         gains = compared(stage.config, examples, anchor, policy, task.primary_metric)
         metrics |= gains
         ci95 = gains.ci95
+        if f"gain/{task.primary_metric}" not in ci95:
+            stage.warn(f"nothing can be said of how certain the gain is: {ONE_GROUP}")
         decoded = [example for example in examples if not example.choices]
         if decoded:
             metrics["policy/kl"] = exact_policy_kl(stage, decoded[:KL_PROMPTS])

@@ -6,12 +6,17 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from perl_vlm.config import RunConfig
+from perl_vlm.data.images import content_key
 from perl_vlm.stats import Interval, Labels, Numbers, bootstrap_auc, bootstrap_mean, paired_bootstrap
 from perl_vlm.types import Comparison, Example, Rating
 
+ONE_GROUP = "all that was measured is one group (a picture, a prompt or a conversation), and an interval needs two"
+"""Why a figure has no interval, and a gain no verdict."""
+
 
 class Figures(dict[str, float]):
-    """Figures by name, and beside them the 95 % intervals of some."""
+    """Figures by name, and beside them the 95 % intervals of some: of one group alone there is none, since a resample
+    of it is always the same and would look like certainty."""
 
     def __init__(self, config: RunConfig, values: Mapping[str, float] | None = None) -> None:
         super().__init__(values or {})
@@ -26,15 +31,20 @@ class Figures(dict[str, float]):
 
     def mean(self, name: str, values: Numbers, groups: Sequence[Hashable]) -> None:
         """Add a mean."""
-        self[name], self.ci95[name] = bootstrap_mean(values, groups=groups, **self._settings)
+        self._add(name, groups, *bootstrap_mean(values, groups=groups, **self._settings))
 
     def gain(self, name: str, before: Numbers, after: Numbers, groups: Sequence[Hashable]) -> None:
         """Add a mean difference of pairs."""
-        self[name], self.ci95[name] = paired_bootstrap(before, after, groups=groups, **self._settings)
+        self._add(name, groups, *paired_bootstrap(before, after, groups=groups, **self._settings))
 
     def auc(self, name: str, scores: Numbers, labels: Labels, groups: Sequence[Hashable]) -> None:
         """Add an area under the ROC curve."""
-        self[name], self.ci95[name] = bootstrap_auc(scores, labels, groups=groups, **self._settings)
+        self._add(name, groups, *bootstrap_auc(scores, labels, groups=groups, **self._settings))
+
+    def _add(self, name: str, groups: Sequence[Hashable], value: float, interval: Interval) -> None:
+        self[name] = value
+        if len(set(groups)) > 1:
+            self.ci95[name] = interval
 
     @property
     def _settings(self) -> dict[str, int]:
@@ -45,7 +55,7 @@ def group_of(record: Example | Comparison | Rating) -> Hashable:
     """What a record is drawn together with in a bootstrap: ``metadata["group"]`` where the task gives one (a
     conversation, a document), else its pictures, else its prompt."""
     group = record.metadata.get("group")
-    return str(group) if group is not None else record.images or record.messages
+    return str(group) if group is not None else tuple(map(content_key, record.images)) or record.messages
 
 
 def shown(value: float, share: bool, interval: Sequence[float] | None = None, *, gain: bool = False) -> str:

@@ -8,18 +8,81 @@ from pathlib import Path
 
 import torch
 
+from perl_vlm.config import RunConfig
 from perl_vlm.data.sequences import to_device, with_responses
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.heads import ScalarHead
-from perl_vlm.rollout.scorers.saved_run import RunScorer
-from perl_vlm.rollout.scorers.spec import parse_reward, shown
+from perl_vlm.rollout.scorers import make_scorer
+from perl_vlm.rollout.scorers.saved_run import RunScorer, find_run
+from perl_vlm.rollout.scorers.spec import ACCEPTED, parse_reward, shown, spec_kind
 from perl_vlm.train.compare import JUDGE, POSITIVE, Answer
+from perl_vlm.train.reward import member_names
 from perl_vlm.train.rewards import Rewards
+from perl_vlm.train.rundir import RunDir, role_folder
 from perl_vlm.train.stage import Stage
 from perl_vlm.types import Example
 
 JUDGE_ROLE = "reward-judge"
 """How the names of a judge's adapters on this base begin: a role's kind comes first."""
+
+
+def refuse_judge(given: str | None, *, live: bool, trained: bool) -> None:
+    """Refuse a judge that cannot be had, before anything trains or is decoded.
+
+    Args:
+        given: ``eval.judge``; None is none, and fine.
+        live: whether the task plays episodes in a live environment.
+        trained: whether this run trains a reward model, or has.
+    """
+    if given is None:
+        return
+    if live:
+        raise PerlVlmError(
+            f"eval.judge {given} scores single answers, and this task plays episodes in a live environment, which pays "
+            "for them itself; leave eval.judge out"
+        )
+    specs = [term.spec for term in parse_reward(given)]
+    if "learned" in specs and not trained:
+        raise PerlVlmError(
+            "eval.judge learned is the reward model that `run` trains, and there is none here; name the folder of one: "
+            "--eval.judge runs/.../rm"
+        )
+    refuse_missing(specs)
+
+
+def refuse_missing(specs: Sequence[str]) -> None:
+    """Refuse functions and runs that are not there before a stage needs them. Models and servers are not asked for."""
+    for spec in specs:
+        if spec_kind(spec) == "python":
+            make_scorer(spec)
+        elif spec_kind(spec) == "run":
+            find_run(spec, ACCEPTED)
+
+
+def rewards_of_policy(config: RunConfig) -> set[str | Path]:
+    """What a policy was trained to please, as ``_same`` writes it: the reward of this run, and where ``eval`` was given
+    a policy's folder, that of the run which left it there."""
+    found: list[tuple[str, Path | None]] = [(term.spec, None) for term in parse_reward(config.ppo.reward_model)]
+    if config.eval.policy is not None:
+        run = RunDir(role_folder(Path(config.eval.policy), "ppo").resolve().parent)
+        given = run.read_config().get("ppo", {}).get("reward_model")
+        found += [(term.spec, run.path.parent) for term in parse_reward(given)] if isinstance(given, str) else []
+    return {one for spec, whole in found for one in _same(spec, whole)}
+
+
+def _same(spec: str, run: Path | None = None) -> set[str | Path]:
+    """What tells whether two sources are one: of a saved reward model its resolved folders, else what was written.
+
+    ``run`` is the folder of the whole run that ``learned`` speaks of.
+    """
+    if spec == "learned" and run is not None and (run / "rm").is_dir():
+        spec = str(run / "rm")
+    if spec_kind(spec) != "run":
+        return {spec}
+    try:
+        return {member.resolve() for member in find_run(spec, ACCEPTED).members}
+    except PerlVlmError:  # it has gone since
+        return {Path(spec).expanduser().resolve()}
 
 
 class Judge:
@@ -32,20 +95,17 @@ class Judge:
     def __init__(self, stage: Stage) -> None:
         given = stage.config.eval.judge
         assert given is not None  # asked for
-        if stage.task.environment() is not None:
-            raise PerlVlmError(
-                f"eval.judge scores single answers, and {stage.task.name} plays episodes in a live environment, which "
-                "pays for them itself; leave eval.judge out"
-            )
+        trained = all(name in stage.roles for name in member_names(stage.config.rm.members))
+        refuse_judge(given, live=stage.task.environment() is not None, trained=trained)
         ppo = replace(stage.config.ppo, reward_model=given, ensemble="mean")
         self.stage = stage
         self._rewards = _Sources(replace(stage, config=replace(stage.config, ppo=ppo)))
         terms = parse_reward(given)
         weights = [f"{term.weight:g}*" if term.weight != 1 else "" for term in terms]
         self.name = " + ".join(weight + shown(term.spec) for weight, term in zip(weights, terms, strict=True))
-        trained_on = {term.spec for term in parse_reward(stage.config.ppo.reward_model)}
-        self.seen = any(term.spec == "learned" or term.spec in trained_on for term in terms)
-        """Whether the policy was trained to please it, as far as this run knows."""
+        pleased = rewards_of_policy(stage.config)
+        self.seen = any(term.spec == "learned" or not _same(term.spec).isdisjoint(pleased) for term in terms)
+        """Whether the policy was trained to please it, as far as this run and the policy's own know."""
         self._zero = self._where_logits_are_zero()
 
     @property
@@ -98,15 +158,6 @@ class _Sources(Rewards):
             if isinstance(scorer, RunScorer):
                 found += [scorer.roles.head(name) for name in scorer.members]
         return found
-
-    def _learned(self) -> list[str]:
-        try:
-            return super()._learned()
-        except PerlVlmError as error:
-            raise PerlVlmError(
-                "eval.judge learned is the reward model that `run` trains, and there is none here; name the folder of "
-                "one: --eval.judge runs/.../rm"
-            ) from error
 
     def _loaded(self, members: Sequence[Path], place: int) -> list[str]:
         names = [f"{JUDGE_ROLE}-{place}-{member}" for member in range(len(members))]

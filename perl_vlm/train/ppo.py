@@ -31,7 +31,7 @@ from perl_vlm.train.log import SampleLog, progress, say
 from perl_vlm.train.optimize import Optimizer, RoleRates
 from perl_vlm.train.rewards import Rewards
 from perl_vlm.train.sampling import HELD_OUT, sample_episodes
-from perl_vlm.train.stage import DataOrder, Keeper, Stage, first
+from perl_vlm.train.stage import DataOrder, Keeper, Stage
 from perl_vlm.train.update import update
 
 SAMPLES_A_ROUND = 4
@@ -48,7 +48,7 @@ def train_ppo(stage: Stage) -> dict[str, float]:
     stage.begin()
     examples = stage.examples("train")
     rewards = Rewards(stage)
-    rewards.check(first(examples, CHECKED))
+    rewards.check(stage.some_examples("train", CHECKED))
     trained = add_roles(stage, rewards)
     value_lr = config.lr if config.value_lr is None else config.value_lr
     steps_a_round = config.epochs * config.minibatches
@@ -85,6 +85,7 @@ def train_ppo(stage: Stage) -> dict[str, float]:
             if config.kl != "none":
                 metrics["objective/kl_coef"] = beta
             metrics |= reward_parts(experience, rewards)
+            metrics |= environment_counts(stage, experience)
             metrics |= update(stage, experience, optimizer, step, beta)
             # A round that was cut short counts whole: the learning rate is a function of the round.
             optimizer.step_count = (step + 1) * steps_a_round
@@ -169,7 +170,7 @@ def next_beta(config: PpoConfig, beta: float, kl: float, episodes: int) -> float
 def measure(stage: Stage, rewards: Rewards, best: Best, step: int) -> dict[str, float]:
     """Mean reward and KL of answers sampled to held-out prompts, offered to ``best``."""
     config = stage.config.ppo
-    examples = first(stage.examples("validation"), config.eval_prompts)
+    examples = stage.some_examples("validation", config.eval_prompts)
     size, parts, begins = micro_size(stage), list[Measured](), list[int]()
     for block in stage.blocks(len(examples), config.batch_size, stopping=False):
         asked = [examples[place] for place in block]
@@ -235,6 +236,17 @@ def reward_parts(experience: Experience, rewards: Rewards) -> dict[str, float]:
     if rewards.ensembled:
         found["reward/disagreement"] = experience.measured.doubt.mean().item()
     return found
+
+
+def environment_counts(stage: Stage, experience: Experience) -> dict[str, float]:
+    """Of a live environment: what it counts itself, as far as it has come, and how many of the round's episodes ended
+    because their next prompt was too long."""
+    environment = stage.task.environment()
+    if environment is None:
+        return {}
+    counts = getattr(environment, "counts", {})
+    own = {f"environment/{name}": float(count) for name, count in counts.items()}
+    return {**own, "environment/too_long": float(experience.episodes.truncated)}
 
 
 def watch(stage: Stage, metrics: dict[str, float], step: int) -> None:

@@ -18,6 +18,7 @@ from perl_vlm.report.card import write_model_card
 from perl_vlm.report.html import Curve, Distribution, GalleryItem, Report, write_report
 from perl_vlm.rollout.scorers.spec import parse_reward
 from perl_vlm.train.evaluate import Answer, Evaluation
+from perl_vlm.train.figures import ONE_GROUP
 from perl_vlm.train.judge import JUDGE_ROLE
 from perl_vlm.train.log import read_log
 from perl_vlm.train.rewards import AVERAGE
@@ -81,7 +82,10 @@ def _subtitle(stage: Stage, summary: Mapping[str, Any]) -> str:
     primary, metrics = stage.task.primary_metric, summary["metrics"]
     if f"gain/{primary}" not in metrics:
         return "One stage of a run."
-    low, high = summary["ci95"][f"gain/{primary}"]
+    interval = summary["ci95"].get(f"gain/{primary}")
+    if interval is None:
+        return f"Whether the policy is better than its anchor cannot be told: {ONE_GROUP}."
+    low, high = interval
     verdict = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
     return f"On held-out examples the policy is {verdict} its anchor."
 

@@ -22,7 +22,7 @@ from perl_vlm.train.optimize import Optimizer, RoleRates, mean_metrics
 from perl_vlm.train.reward_report import evaluate_reward_model
 from perl_vlm.train.sampling import ANCHOR, noise, sample
 from perl_vlm.train.scoring import Feedback, collate_feedback, head_scores
-from perl_vlm.train.stage import DataOrder, Keeper, Stage, first, micro_batches
+from perl_vlm.train.stage import DataOrder, Keeper, Stage, micro_batches, spaced
 from perl_vlm.types import Comparison, Example, Rating, RewardHead
 
 ANCHOR_SAMPLES = 512
@@ -155,7 +155,7 @@ def feedback_loss(stage: Stage, scored: Scored, positive_weight: float, records:
 def measure(stage: Stage, best: Best, names: Sequence[str], positive_weight: float, step: int) -> dict[str, float]:
     """Validation loss and accuracy of each member, offered to ``best``."""
     config = stage.config.rm
-    records = first(stage.preferences("validation"), config.eval_pairs)
+    records = spaced(stage.preferences("validation"), config.eval_pairs)
     if not records:
         raise PerlVlmError(
             f"rm.eval_every is {config.eval_every}, but task {stage.task.name} has no validation preferences to choose "
@@ -211,7 +211,7 @@ def normalise_reward(stage: Stage, names: Sequence[str]) -> None:
     how = stage.config.rm.normalise
     if how == "none":
         return
-    records = first(stage.preferences("validation"), ANCHOR_SAMPLES)
+    records = spaced(stage.preferences("validation"), ANCHOR_SAMPLES)
     if len(records) < 2:
         stage.warn("there are no validation preferences to normalise the reward on: it keeps its own scale")
         return
@@ -282,7 +282,7 @@ def _describe(stage: Stage, gathered: Sequence[Scored]) -> dict[str, float]:
 def _check_records(head: RewardHead, records: Sequence[Feedback]) -> None:
     """Refuse preferences that the head cannot learn from."""
     wanted = Comparison if head.kind == "pairs" else Rating
-    looked = records if isinstance(records, list) else first(records, 256)
+    looked = records if isinstance(records, list) else spaced(records, 256)
     for record in looked:
         if not isinstance(record, wanted):
             raise PerlVlmError(

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from perl_vlm.data.images import BlankImage, ShuffledImage
+from perl_vlm.data.images import BlankImage, ShuffledImage, content_key
 from perl_vlm.stats import auc, wins
-from perl_vlm.train.figures import Figures, group_of, shown
+from perl_vlm.train.figures import ONE_GROUP, Figures, group_of, shown
 from perl_vlm.train.log import SampleLog
 from perl_vlm.train.scoring import Feedback, FeedbackScores, score_feedback
-from perl_vlm.train.stage import Stage, first
+from perl_vlm.train.stage import Stage, spaced
 from perl_vlm.types import Comparison, Rating
 
 SAMPLES = 32
@@ -31,7 +31,7 @@ def evaluate_reward_model(stage: Stage, names: Sequence[str], step: int = 0) -> 
     ``step`` is the one that the logged samples are from.
     """
     split = stage.config.eval.split
-    records: list[Feedback] = first(stage.preferences(split), stage.config.rm.eval_pairs)
+    records: list[Feedback] = spaced(stage.preferences(split), stage.config.rm.eval_pairs)
     figures = Figures(stage.config)
     if not records:
         stage.warn(f"there are no {split} preferences to measure the reward model on")
@@ -42,6 +42,8 @@ def evaluate_reward_model(stage: Stage, names: Sequence[str], step: int = 0) -> 
     _log_samples(stage, records, found, step)
     right, groups = found.correct.double().numpy(), [group_of(record) for record in records]
     figures.mean(f"{PREFIX}{name}", right, groups)
+    if len(set(groups)) < 2:
+        stage.warn(f"nothing can be said of how certain the reward model's figures are: {ONE_GROUP}")
     figures[f"{PREFIX}length_correlation"] = _correlation(found.scores.flatten(), found.lengths.flatten())
     figures[f"{PREFIX}held_out"] = float(len(records))
     objectives = {objective: _places(records, objective) for objective in head.objectives}
@@ -156,10 +158,8 @@ def _areas(
 
 def _length_likings(stage: Stage) -> dict[str, float]:
     """For each objective 1.0 where better responses are rather the longer ones, else -1.0, by training preferences: at
-    most ``rm.eval_pairs`` of them, evenly spaced."""
-    given = stage.preferences("train")
-    count = min(len(given), stage.config.rm.eval_pairs)
-    records: list[Feedback] = [given[place * len(given) // count] for place in range(count)]
+    most ``rm.eval_pairs`` of them, from all over the set."""
+    records: list[Feedback] = spaced(stage.preferences("train"), stage.config.rm.eval_pairs)
 
     def tokens(text: str, record: Feedback) -> int:
         return len(stage.renderer.response_ids(text, record.origin))
@@ -206,13 +206,14 @@ def without_sight(records: Sequence[Feedback], how: str) -> list[Feedback]:
         blinded = BlankImage if how == "blank" else ShuffledImage
         return [replace(record, images=tuple(blinded(source) for source in record.images)) for record in records]
     changed: list[Feedback] = []
+    keys = [tuple(map(content_key, record.images)) for record in records]
     for place, record in enumerate(records):
         # Neighbouring records often share a picture, so the search begins half the set away.
-        others = (records[(place + len(records) // 2 + offset) % len(records)] for offset in range(len(records)))
-        fitting = (other for other in others if len(other.images) == len(record.images))
-        donor = next((other for other in fitting if other.images != record.images), None)
+        others = ((place + len(records) // 2 + offset) % len(records) for offset in range(len(records)))
+        fitting = (other for other in others if len(keys[other]) == len(keys[place]))
+        donor = next((other for other in fitting if keys[other] != keys[place]), None)
         if donor is not None:
-            changed.append(replace(record, images=donor.images))
+            changed.append(replace(record, images=records[donor].images))
     return changed
 
 

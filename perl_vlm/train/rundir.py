@@ -154,6 +154,14 @@ class RunDir:
         """The figures of the finished run."""
         return self.path / "summary.json"
 
+    def read_config(self) -> dict[str, Any]:
+        """The resolved settings; empty where the folder is no run's."""
+        try:
+            settings = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return settings if isinstance(settings, dict) else {}
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json`` whole, which marks the run as done: write it last. NaN and infinities become null."""
         write_whole(self.summary, json.dumps(finite_or_null(summary), indent=2, allow_nan=False) + "\n")

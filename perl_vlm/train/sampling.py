@@ -58,6 +58,11 @@ class Episodes:
     begins: list[int]
     """The rows that begin an episode: all of them where there is no environment."""
 
+    @property
+    def truncated(self) -> int:
+        """How many episodes ended because their next prompt was too long."""
+        return sum("episode_truncated" in self.prompts[row].metadata for row in self.begins)
+
 
 def sample_episodes(
     stage: Stage, role: str, examples: Sequence[Example], step: int, places: Sequence[int], rows: int

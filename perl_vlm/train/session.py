@@ -15,10 +15,9 @@ from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.backbone import load_backbone
 from perl_vlm.models.roles import Roles
 from perl_vlm.models.sharding import shard_base
-from perl_vlm.rollout.scorers import make_scorer
-from perl_vlm.rollout.scorers.saved_run import find_run
-from perl_vlm.rollout.scorers.spec import ACCEPTED, parse_reward, spec_kind
+from perl_vlm.rollout.scorers.spec import parse_reward
 from perl_vlm.task import Task
+from perl_vlm.train.judge import refuse_judge, refuse_missing
 from perl_vlm.train.log import say
 from perl_vlm.train.parallel import Parallel, engine, engine_line
 from perl_vlm.train.rundir import RunDir, fresh_out, latest_out, role_folder
@@ -139,39 +138,15 @@ def look_at_data(stage: Stage, verb: str) -> None:
             )
         if config.ppo.eval_every:
             stage.examples("validation")
-        for spec in specs:
-            if spec_kind(spec) == "python":
-                make_scorer(spec)  # a function that is not there is told now, not after the reward stage
-            elif spec_kind(spec) == "run":
-                find_run(spec, ACCEPTED)
+        refuse_missing(specs)
     if "eval" in stages:
-        _look_at_judge(config.eval.judge, stages, live)
+        refuse_judge(config.eval.judge, live=live, trained="rm" in stages)
         split = config.eval.split
         sizes[f"{split} examples"] = min(len(stage.examples(split)), config.eval.limit)
     for what, skipped in getattr(stage.task, "skipped", {}).items():
         if skipped:
             stage.warn(f"{len(skipped)} bad records were skipped ({what}); the first: {skipped[0]}")
     say("data: " + ", ".join(f"{size:,} {what}" for what, size in sizes.items()))
-
-
-def _look_at_judge(judge: str | None, stages: Sequence[str], live: bool) -> None:
-    """Refuse a judge that cannot be had before anything trains, not after."""
-    if judge is None:
-        return
-    if live:
-        raise PerlVlmError(
-            f"eval.judge {judge} scores single answers, and this task's answers are episodes; leave it out"
-        )
-    for term in parse_reward(judge):
-        if term.spec == "learned" and "rm" not in stages:
-            raise PerlVlmError(
-                "eval.judge learned is the reward model that `run` trains, and none is trained here; name the folder "
-                "of one: --eval.judge runs/.../rm"
-            )
-        if spec_kind(term.spec) == "python":
-            make_scorer(term.spec)
-        elif spec_kind(term.spec) == "run":
-            find_run(term.spec, ACCEPTED)
 
 
 def _require_references(examples: Sequence[Example], who: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from perl_vlm.config import RunConfig
 from perl_vlm.data.collate import Collator
 from perl_vlm.data.rendering import PromptRenderer
-from perl_vlm.errors import PerlVlmError
+from perl_vlm.errors import Absent, PerlVlmError
 from perl_vlm.models.roles import Roles
 from perl_vlm.task import Task
 from perl_vlm.train.best import Best
@@ -76,6 +77,12 @@ class Stage:
             return self.examples(split, needed=needed)
         return self._usable("demonstrations", split, self.task.demonstrations, needed)
 
+    def some_examples(self, split: Split, count: int) -> list[Example]:
+        """At most ``count`` usable examples of a split to measure on. A list may be several sets one after the other;
+        records that are made on access are alike, and taken in order, in which live ones are opened ahead."""
+        records = self.examples(split)
+        return (spaced if isinstance(records, list) else first)(records, count)
+
     def preferences(self, split: Split) -> Sequence[Comparison | Rating]:
         """The task's usable preferences of a split; none at all is an error for ``train`` alone."""
         return self._usable("preferences", split, self.task.preferences, split == "train")
@@ -83,7 +90,13 @@ class Stage:
     def _usable(self, what: str, split: Split, source: Callable[[Split], Sequence[Any]], needed: bool) -> Sequence[Any]:
         if (what, split) not in self.seen:
             skip = getattr(self.task.config, "on_bad_record", "error") == "skip"
-            kept, notes = usable_records(source(split), self.renderer, f"{split} {what}", skip=skip)
+            try:
+                given = source(split)
+            except Absent:
+                if needed:
+                    raise
+                given = []
+            kept, notes = usable_records(given, self.renderer, f"{split} {what}", skip=skip)
             for note in notes:
                 self.warn(note)
             self.seen[what, split] = kept
@@ -193,6 +206,21 @@ class DataOrder:
 def first(records: Sequence[Record], count: int) -> list[Record]:
     """The first ``count`` records, or all where there are fewer."""
     return [records[place] for place in range(min(count, len(records)))]
+
+
+def spaced(records: Sequence[Record], count: int) -> list[Record]:
+    """``count`` records from all over a set, in order, or all where there are fewer; only these are made.
+
+    The set is cut into ``count`` stretches and one record of each is drawn, the same at every call. So sets and
+    objectives that stand one after the other are met by their size, and kinds that take turns are too, of which steps
+    of one length might meet but one.
+    """
+    size = len(records)
+    if size <= count:
+        return first(records, count)
+    rng = random.Random(f"{size}-{count}-spaced")
+    ends = [place * size // count for place in range(count + 1)]
+    return [records[rng.randrange(start, end)] for start, end in itertools.pairwise(ends)]
 
 
 def micro_batches(records: Sequence[Record], parts: int) -> list[Sequence[Record]]:

@@ -8,7 +8,7 @@ from typing import Any
 from perl_vlm.report.html import Table
 from perl_vlm.train.compare import JUDGE, kinds_of
 from perl_vlm.train.evaluate import Evaluation
-from perl_vlm.train.figures import shown
+from perl_vlm.train.figures import ONE_GROUP, shown
 from perl_vlm.train.reward_report import PREFIX
 from perl_vlm.train.stage import Stage
 
@@ -22,7 +22,9 @@ def headline(stage: Stage, summary: Mapping[str, Any], evaluation: Evaluation | 
     share, rows = _is_share(primary, evaluation), list[Row]()
     if f"gain/{primary}" in metrics:
         value = shown(metrics[f"gain/{primary}"], share, gain=True)
-        rows.append((f"Gain in {primary}", value, f"{_interval(ci95[f'gain/{primary}'], share)}, paired bootstrap"))
+        ends = ci95.get(f"gain/{primary}")
+        how = f"no interval: {ONE_GROUP}" if ends is None else f"{_interval(ends, share)}, paired bootstrap"
+        rows.append((f"Gain in {primary}", value, how))
     for key, label in ((f"anchor/{primary}", "Anchor"), (f"policy/{primary}", "Policy")):
         if key in metrics:
             explained = f"{primary}, {_how(evaluation)}, {metrics['eval/examples']:,.0f} examples"
@@ -30,7 +32,8 @@ def headline(stage: Stage, summary: Mapping[str, Any], evaluation: Evaluation | 
     for key, label in ((primary, "Wins"), (JUDGE, "Wins by the judge")):
         name = f"win_rate/{key}"
         if name in metrics:
-            explained = f"answers better than the anchor's, ties half; {_interval(ci95[name], True, gain=False)}"
+            explained = "answers better than the anchor's, ties half"
+            explained += f"; {_interval(ci95[name], True, gain=False)}" if name in ci95 else ""
             rows.append((label, shown(metrics[name], True), explained))
     rows += _of_reward_model(metrics, ci95)
     if "policy/kl" in metrics:

@@ -12,7 +12,9 @@ from perl_vlm.types import Comparison, Example, Rating
 Record = TypeVar("Record", Example, Comparison, Rating)
 
 RENDERED = 64
-"""How many of the first records are rendered whole, and how many of the longest must fit in a row."""
+"""How many of the first records are rendered whole, and how many of the longest with pictures must fit in a row."""
+_MARGIN = 8
+"""Tokens that a tokenizer may add around a text."""
 SHOWN = 5
 
 
@@ -21,9 +23,10 @@ def usable_records(
 ) -> tuple[Sequence[Record], list[str]]:
     """The records that can be rendered within the limits, and a note about those left out.
 
-    Of records read from somewhere (a list) every response is measured, and prompts are rendered whole: the first ones,
-    and the longest ones until so many in a row fit that shorter ones will. Of records made on access only the first are
-    looked at. Whether pictures open is the task's to say.
+    Of records read from somewhere (a list) every response is measured and every prompt without pictures. Prompts with
+    pictures have to be rendered whole for that: the first ones are, and the longest ones until so many in a row fit
+    that shorter ones will. Of records made on access only the first are looked at. Whether pictures open is the task's
+    to say.
 
     Args:
         skip: leave bad records out and count them, rather than raise.
@@ -38,13 +41,14 @@ def usable_records(
         try:
             for response in _responses(record):
                 # A token is at least a byte, so a short text needs no counting.
-                if len(response.encode()) >= renderer.max_response_tokens - 8:
+                if len(response.encode()) >= renderer.max_response_tokens - _MARGIN:
                     renderer.response_ids(response, record.origin or record.id)
-            if place < RENDERED:
+            if place < RENDERED or _may_be_long(record, renderer):
                 renderer.prompts([record])
         except BadRecord as problem:
             problems[place] = problem
-    longest = sorted(places, key=lambda place: -_prompt_length(records[place])) if listed else []
+    seeing = [place for place in places if records[place].images] if listed else []
+    longest = sorted(seeing, key=lambda place: -_prompt_length(records[place]))
     fitting = 0
     for place in longest:
         if fitting == RENDERED:
@@ -63,6 +67,12 @@ def usable_records(
         raise PerlVlmError(f"{len(problems)} of {len(records)} {what} cannot be used. {named}")
     kept = [record for place, record in enumerate(records) if place not in problems]
     return kept, [f"{len(problems)} of {len(records)} {what} were skipped: {named}"]
+
+
+def _may_be_long(record: Example | Comparison | Rating, renderer: PromptRenderer) -> bool:
+    """Whether a prompt without pictures has enough bytes for too many tokens."""
+    limit = renderer.max_prompt_tokens - _MARGIN
+    return not record.images and len(renderer.prompt_text(record.messages).encode()) >= limit
 
 
 def _prompt_length(record: Example | Comparison | Rating) -> int:

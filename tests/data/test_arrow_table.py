@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from perl_vlm.data.arrow_table import ArrowTable, CellImage
+from perl_vlm.data.images import ImageBytes, content_key
 from perl_vlm.data.screening import peek_at
 
 
@@ -102,6 +103,21 @@ def test_pictures_are_looked_at_where_they_lie(table: ArrowTable) -> None:
         assert rows[n]["deep"][2][1].peek(10).head == png(n + 2)[:10]
         assert rows[n]["image"].load().getpixel((0, 0)) == (n % 256, n // 256, 0)
     assert isinstance(table.encoded(2, ("image",)), memoryview)
+
+
+def test_equal_pictures_of_two_tables_have_one_key(datasets: Any) -> None:
+    features = datasets.Features({"image": datasets.Image()})
+
+    def sources(*shades: int) -> list[Any]:
+        cells = {"image": [{"bytes": png(shade), "path": None} for shade in shades]}
+        table = ArrowTable(datasets.Dataset.from_dict(cells, features=features), "data")
+        return [table.row(index)["image"] for index in range(len(shades))]
+
+    one, other = sources(1, 2), sources(2, 3, 2)
+    assert one[1] != other[0], "as objects they differ"
+    keys = [content_key(source) for source in (*one, *other)]
+    assert keys[1] == keys[2] == keys[4] == content_key(ImageBytes(png(2), "elsewhere"))
+    assert len(set(keys)) == 3
 
 
 def test_a_row_that_cannot_be_read_does_not_take_its_neighbours_along(datasets: Any) -> None:

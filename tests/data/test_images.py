@@ -21,6 +21,7 @@ from perl_vlm.data.images import (
     ShuffledImage,
     ZipMember,
     as_image_source,
+    content_key,
     to_png_bytes,
 )
 from perl_vlm.errors import BadRecord
@@ -286,6 +287,37 @@ def test_a_member_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(images, "MAX_BYTES", 4999)
     with pytest.raises(BadRecord, match="unpacks to 5000 bytes"):
         ZipMember(tmp_path / "a.zip", "a.png").load()
+
+
+def test_one_picture_has_one_key_wherever_it_stands(tmp_path: Path) -> None:
+    red, blue = (encode(Image.new("RGB", (4, 4), color)) for color in (RED, BLUE))
+    assert content_key(ImageBytes(red, "train row 1")) == content_key(ImageBytes(red, "test row 9"))
+    assert content_key(ImageBytes(red, "row 1")) != content_key(ImageBytes(blue, "row 1"))
+    named = {content_key(ImageFile(path, tmp_path)) for path in ("a.png", "./a.png", "b/../a.png")}
+    named.add(content_key(ImageFile(tmp_path / "a.png", origin="row 3")))
+    assert len(named) == 1, "a file is known by its place, and is not read"
+    assert content_key(ImageFile("b.png", tmp_path)) not in named
+    members = {content_key(ZipMember(tmp_path / "x.zip", name, origin)) for name in "ab" for origin in ("", "row 1")}
+    assert len(members) == 2
+
+
+def test_a_source_of_somebody_elses_has_a_key_too() -> None:
+    @dataclass(frozen=True)
+    class Drawn:
+        shade: int
+
+        def load(self) -> Image.Image:
+            raise AssertionError("nothing is to be drawn")
+
+    @dataclass
+    class Listed:
+        shades: list[int]
+
+        def load(self) -> Image.Image:
+            return Image.new("RGB", (2, 2), tuple(self.shades))
+
+    assert content_key(Drawn(1)) == content_key(Drawn(1)) != content_key(Drawn(2))
+    assert content_key(Listed([1, 2, 3])) == content_key(Listed([1, 2, 3])) != content_key(Listed([3, 2, 1]))
 
 
 def test_threads_read_one_archive(tmp_path: Path) -> None:

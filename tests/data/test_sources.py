@@ -17,13 +17,14 @@ import pytest
 from PIL import Image
 
 from perl_vlm.data import places, splits
+from perl_vlm.data.adapters import Columns
 from perl_vlm.data.arrow_table import CellImage
 from perl_vlm.data.columns import to_comparison, to_example
 from perl_vlm.data.config import DataConfig
 from perl_vlm.data.sources import LoadedRows, collect, load_rows, open_source
 from perl_vlm.data.splits import split_named
 from perl_vlm.data.tables import open_table
-from perl_vlm.errors import BadRecord, PerlVlmError
+from perl_vlm.errors import Absent, BadRecord, PerlVlmError
 from perl_vlm.types import SPLITS, Split
 
 ROWS = [{"prompt": f"question {i}", "reference": str(i)} for i in range(200)]
@@ -99,6 +100,31 @@ def test_a_local_file_of_every_format_gives_the_same_rows(tmp_path: Path, datase
         assert read.columns == ("prompt", "reference")
 
 
+def test_names_in_capitals_and_a_byte_order_mark_change_nothing(tmp_path: Path) -> None:
+    rows = [dict(row) for row in ROWS[:5]]
+    mark, lines = b"\xef\xbb\xbf", "".join(json.dumps(row) + "\n" for row in rows).encode()
+    commas = "".join(f"{row['prompt']},{row['reference']}\n" for row in rows).encode()
+    files = {
+        "A.JSONL": mark + lines,
+        "B.JSONL.GZ": gzip.compress(mark + lines),
+        "C.Json": mark + json.dumps(rows).encode(),
+        "D.json.GZ": gzip.compress(mark + json.dumps(rows, indent=1).encode()),
+        "E.CSV": mark + b"prompt,reference\n" + commas,
+        "F.jsonl": mark + b"\n" + lines,
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        table = open_table(tmp_path / name, name)
+        assert [table.row(index) for index in range(len(table))] == rows, name
+
+
+def test_a_csv_field_may_hold_a_long_document(tmp_path: Path) -> None:
+    document = "word " * 60_000
+    (tmp_path / "test.csv").write_text(f'prompt,reference\n"{document}",yes\nshort,no\n')
+    rows = load_rows("local", str(tmp_path), "test")
+    assert [rows[index][0]["prompt"] for index in range(len(rows))] == [document, "short"]
+
+
 def test_origins_name_the_line_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "data" / "test.jsonl"
     path.parent.mkdir()
@@ -154,6 +180,47 @@ def test_a_picture_is_in_one_split_only(tmp_path: Path) -> None:
     assert not seen["train"] & seen["test"]
     assert not seen["train"] & seen["validation"]
     assert not seen["validation"] & seen["test"]
+
+
+def test_rows_of_one_key_are_in_one_split(tmp_path: Path) -> None:
+    rows = [{"prompt": f"turn {i}", "talk": i // 4} for i in range(240)] + [{"prompt": "of no talk"}]
+    source = open_source("local", str(write_lines(tmp_path / "all.jsonl", rows)))
+    seen, apart = {}, {}
+    for split in SPLITS:
+        part, other = source.rows(split, key="talk"), source.rows(split)
+        seen[split] = [row.get("talk") for row, _ in (part[i] for i in range(len(part)))]
+        apart[split] = {row.get("talk") for row, _ in (other[i] for i in range(len(other)))}
+    assert sum(map(len, seen.values())) == len(rows)
+    assert all(seen.values())
+    assert sum(len(set(talks)) for talks in seen.values()) == 61, "every talk is whole"
+    assert apart["train"] & apart["test"], "the test needs talks that prompts alone would tear apart"
+
+
+def test_an_adapter_names_the_column_of_what_stays_together(tmp_path: Path) -> None:
+    class Talks(Columns):
+        split_key = "talk"
+        referenced = False
+
+    rows = [{"prompt": f"turn {i}", "talk": f"talk {i // 4}", "metadata": {"talk": i // 4}} for i in range(240)]
+    path = write_lines(tmp_path / "all.jsonl", rows)
+    talks = Talks(DataConfig(source="local", path=str(path)))
+    found = [{example.metadata["talk"] for example in talks.examples(split)} for split in SPLITS]
+    assert sum(map(len, found)) == len(set().union(*found)) == 60
+
+
+def test_a_held_out_split_without_records_is_absent_and_one_to_train_on_is_a_fault(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", [])
+    write_lines(tmp_path / "validation.jsonl", [])
+    write_lines(tmp_path / "test.jsonl", ROWS[:3])
+    data = Columns(DataConfig(source="local", path=str(tmp_path)))
+    assert len(data.examples("test")) == 3
+    with pytest.raises(Absent, match="There are no validation examples"):
+        data.examples("validation")
+    with pytest.raises(PerlVlmError, match="There are no train examples") as caught:
+        data.examples("train")
+    assert not isinstance(caught.value, Absent)
+    with pytest.raises(Absent, match="no train records"):
+        Columns(DataConfig(source="local", path=str(tmp_path / "test.jsonl"))).examples("train")
 
 
 def test_a_held_out_file_alone_serves_as_test(tmp_path: Path) -> None:
@@ -233,6 +300,17 @@ def test_dividing_by_pictures_in_parquet_reads_their_ends_alone(
         shown[split] = {part[i][0]["image"].peek() for i in range(len(part))}
     assert all(shown.values())
     assert sum(map(len, shown.values())) == len(set().union(*shown.values())) == 60
+
+
+@pytest.mark.parametrize("names", [("train_sft", "train_prefs", "test"), ("good", "bad")])
+def test_a_saved_set_with_several_splits_of_one_name_is_refused(
+    names: Sequence[str], tmp_path: Path, datasets: Any
+) -> None:
+    parts = {name: datasets.Dataset.from_list(ROWS[:2]) for name in names}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(PerlVlmError, match=f"several splits.*{names[0]}, {names[1]}.*--task.path .*{names[0]}"):
+        open_source("local", str(tmp_path / "saved"))
+    assert len(load_rows("local", str(tmp_path / "saved" / names[0]), "train"))
 
 
 def test_one_split_of_a_hub_data_set_is_divided(monkeypatch: pytest.MonkeyPatch, datasets: Any) -> None:

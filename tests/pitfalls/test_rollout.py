@@ -151,6 +151,26 @@ class Long(Task):
         ]
 
 
+class LongPrompt(Long):
+    """Many prompts of long words, and one of more and shorter words that has fewer letters."""
+
+    def preferences(self, split: Split) -> Sequence[Comparison]:
+        return [
+            Comparison(
+                f"{i}", (Message("user", ("yellow " * 12 if i != 99 else "a " * 20,)),), "a", "b", origin=f"row {i}"
+            )
+            for i in range(100)
+        ]
+
+
+def test_a_long_prompt_among_wordy_ones_is_found_before_training(stage_of: StageOf) -> None:
+    """The mistake: the prompts with the most letters are taken for those with the most tokens."""
+    stage = stage_of("rm", task=LongPrompt(Bad("skip")))
+    stage.renderer.max_prompt_tokens = 20
+    assert len(stage.preferences("train")) == 99
+    assert any("row 99" in note for note in stage.notes)
+
+
 def test_truncated_answers_stay_truncated_and_long_pairs_are_counted(play: Play, stage_of: StageOf) -> None:
     """The mistake: an EOS is forced onto what the limit cut off, in rollouts or in training pairs."""
     experience = play(value="zero", max_new_tokens=3, temperature=4.0).experience

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from perl_vlm.config import LoraConfig, PpoConfig, RunConfig
-from perl_vlm.errors import PerlVlmError
+from perl_vlm.errors import PerlVlmError, TooLong
 from perl_vlm.rollout.episodes import play
 from perl_vlm.task import Task
-from perl_vlm.train.experience import episode_totals
+from perl_vlm.train import ppo
+from perl_vlm.train.experience import episode_totals, make_experience
 from perl_vlm.train.log import read_log
 from perl_vlm.train.pipeline import open_session
-from perl_vlm.train.ppo import train_ppo
+from perl_vlm.train.ppo import environment_counts, train_ppo
+from perl_vlm.train.rewards import Rewards
 from perl_vlm.train.rundir import RunDir
 from perl_vlm.train.sampling import Episodes, sample_episodes
 from perl_vlm.train.session import check_processes, look_at_data
@@ -140,6 +142,63 @@ def test_open_episodes_take_their_turns_together_and_returns_are_what_was_earned
 def test_an_episode_ends_with_the_last_turn_that_is_allowed() -> None:
     turns = play(Corridor(max_turns=1), [door("e", "first")], say_words(["a"]))
     assert [(t.number, t.prompt.metadata["episode_return"]) for t in turns] == [(0, 0.25)]
+
+
+def test_an_episode_whose_prompt_grows_too_long_ends_there_with_what_it_earned() -> None:
+    starts = [door(f"e{i}", "first") for i in range(3)]
+    asked: list[list[str]] = []
+
+    def answer(prompts: Sequence[Example], of: Sequence[int], turn: int) -> Any:
+        asked.append([prompt.id for prompt in prompts])
+        long = [prompt for prompt in prompts if prompt.id == "e1/2"]
+        if long:
+            raise TooLong("e1/2", "the prompt is too long", "Shorten it", long)
+        return [SimpleNamespace(text="ab"[turn]) for _ in of]
+
+    turns = play(Corridor(), starts, answer)
+    known = [
+        (t.prompt.id, t.prompt.metadata["episode_return"], "episode_truncated" in t.prompt.metadata) for t in turns
+    ]
+    assert known == [
+        ("e0", 1.25, False), ("e0/2", 1.0, False), ("e1", 0.25, True), ("e2", 1.25, False), ("e2/2", 1.0, False),
+    ]  # fmt: skip
+    assert asked[-1] == ["e0/2", "e2/2"]
+    with pytest.raises(TooLong):
+        play(Corridor(), [door("e1/2", "first")], answer)  # a task's own first prompt is a bad record
+
+
+def test_prompts_that_grow_too_long_are_counted_and_the_environments_own_counts_are_logged(
+    walker: str, tmp_path: Path
+) -> None:
+    class Winding(Corridor):
+        """Pays for every turn, and says ever more."""
+
+        @property
+        def counts(self) -> dict[str, int]:
+            return {"visits": self.acted}
+
+        def step(self, prompts: Sequence[Example], responses: Sequence[str]) -> list[Step]:
+            self.acted += len(prompts)
+            grown = [replace(one, messages=(Message("user", (f"{one.messages[0].text} a b",)),)) for one in prompts]
+            return [Step(0.5, one) for one in grown]
+
+    stage = stage_of(walker, tmp_path / "run", batch_size=8)
+    stage.task.corridor = Winding(max_turns=9)  # type: ignore[attr-defined]
+    stage.renderer.max_prompt_tokens = 2 + stage.collator.prompts(stage.task.examples("train")[:1]).input_ids.shape[1]
+    stage.roles.add("policy")
+    experience = make_experience(stage, stage.examples("train")[:8], Rewards(stage), 0, 0.0)
+    assert len(experience.episodes.prompts) == 16, "two turns each"
+    assert experience.measured.rewards[experience.episodes.begins].tolist() == [1.0] * 8
+    assert environment_counts(stage, experience) == {"environment/visits": 16.0, "environment/too_long": 8.0}
+
+
+def test_a_round_logs_what_its_environment_counts(walker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = stage_of(walker, tmp_path / "run", steps=1, batch_size=8)
+    stage.task.corridor.counts = {"visits": 3}  # type: ignore[attr-defined]
+    monkeypatch.setattr(ppo, "update", lambda *_: {})
+    train_ppo(stage)
+    (line,) = read_log(stage.run.metrics)
+    assert (line["environment/visits"], line["environment/too_long"]) == (3.0, 0.0)
 
 
 def test_an_environment_that_loses_count_is_told_so() -> None:

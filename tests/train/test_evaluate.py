@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from perl_vlm.config import EvalConfig, LoraConfig, PpoConfig, RunConfig
-from perl_vlm.data.images import BlankImage
+from perl_vlm.data.images import BlankImage, ImageBytes
 from perl_vlm.errors import BadRecord, PerlVlmError
 from perl_vlm.models.roles import REFERENCE
 from perl_vlm.stats import bootstrap_mean, paired_bootstrap
@@ -25,10 +26,13 @@ from perl_vlm.train.figures import group_of
 from perl_vlm.train.judge import Judge
 from perl_vlm.train.log import read_log
 from perl_vlm.train.pipeline import open_session, run_verb
+from perl_vlm.train.publish import _subtitle
 from perl_vlm.train.rewards import Rewards
 from perl_vlm.train.rundir import RunDir
+from perl_vlm.train.session import look_at_data
 from perl_vlm.train.signals import StopOnSignal
 from perl_vlm.train.stage import Stage
+from perl_vlm.train.tables import headline, tables
 from perl_vlm.types import Example, Message, RewardHead, Split, Step
 
 WORDS = ["<pad>", "<eos>", "<unk>", "a", "b", "c", "first", "second", "User", ":", "Assistant"]
@@ -130,11 +134,20 @@ StageOf = Callable[..., Stage]
 def stage_of(words: str, tmp_path: Path, scramble: Callable[..., None]) -> StageOf:
     """An evaluation of a task; with ``policy`` there is one that differs from its anchor."""
 
-    def make(task: Task, *, policy: bool = False, model: str = words, ppo: Any = None, **settings: Any) -> Stage:
+    def make(
+        task: Task,
+        *,
+        policy: bool = False,
+        policy_folder: str | None = None,
+        model: str = words,
+        ppo: Any = None,
+        tokens: int = 2048,
+        **settings: Any,
+    ) -> Stage:
         config = RunConfig(
             model=model, device="cpu", dtype="float32", lora=LoraConfig(language_rank=4, targets="all-linear"),
-            ppo=PpoConfig(max_new_tokens=3, **(ppo or {})),
-            eval=EvalConfig(**{"bootstrap": 200, "batch_size": 5, **settings}),
+            ppo=PpoConfig(max_new_tokens=3, **(ppo or {})), max_prompt_tokens=tokens,
+            eval=EvalConfig(**{"bootstrap": 200, "batch_size": 5, "policy": policy_folder, **settings}),
         )  # fmt: skip
         session = open_session(task, config, StopOnSignal())
         if policy:
@@ -186,6 +199,38 @@ def test_what_belongs_together_is_drawn_together_and_a_kind_of_one_group_has_no_
     assert group_of(replace(first, metadata={"group": 7})) == group_of(replace(second, metadata={"group": 7}))
     picture = (BlankImage(None),)  # type: ignore[arg-type]
     assert group_of(replace(first, images=picture)) == group_of(replace(second, images=picture))
+    # Stored with each row that asks about it, one picture is one group all the same.
+    rows = [replace(ask(place), images=(ImageBytes(b"PNG", f"row {place}"),)) for place in range(3)]
+    assert len({group_of(row) for row in rows}) == 1
+    assert group_of(rows[0]) != group_of(replace(rows[0], images=(ImageBytes(b"JPEG", "row 0"),)))
+
+
+def test_one_group_alone_gets_no_verdict_and_the_report_says_why(stage_of: StageOf) -> None:
+    given = [replace(ask(0), id=f"{place}") for place in range(4)]
+    found = compared(CONFIG, given, answers("right", *[0.0] * 4), answers("right", *[1.0] * 4), "right")
+    assert found["gain/right"] == found["win_rate/right"] == 1.0
+    assert not found.ci95, "an interval of no width would be a verdict"
+    stage = stage_of(Talk(given), policy=True)
+    evaluation = evaluate(stage)
+    assert not evaluation.ci95
+    assert any("an interval needs two" in note for note in stage.notes)
+    summary = {"metrics": {**evaluation.metrics, **found}, "ci95": {}}
+    assert "cannot be told" in _subtitle(stage, summary)
+    rows = {label: text for label, _, text in headline(stage, summary, evaluation)}
+    assert "an interval needs two" in rows["Gain in right"]
+    assert "interval" not in rows["Wins"]
+
+
+def test_a_list_is_evaluated_all_over_and_what_is_made_on_access_in_order(stage_of: StageOf) -> None:
+    """A list may be several sets one after the other; the pages of live examples are opened ahead in order."""
+    given = [ask(place % 6, metadata={"kind": "xy"[place >= 12]}) for place in range(24)]
+    given = [replace(one, id=f"{place}") for place, one in enumerate(given)]
+    listed = stage_of(Talk(given)).some_examples("test", 6)
+    assert [one.metadata["kind"] for one in listed] == ["x"] * 3 + ["y"] * 3
+    assert [one.metadata["kind"] for one in evaluate(stage_of(Talk(given), limit=6)).examples] == ["x"] * 3 + ["y"] * 3
+    talk = Talk(given)
+    talk.examples = lambda split: tuple(given)  # type: ignore[method-assign]
+    assert stage_of(talk).some_examples("test", 6) == given[:6]
 
 
 def test_a_judgement_that_some_answers_lack_is_compared_where_both_have_it() -> None:
@@ -400,6 +445,73 @@ def test_a_saved_run_judges_beside_the_policys_own_reward_model(
     same = replace(stage.config, eval=replace(stage.config.eval, judge=str(tmp_path / "one")))
     if base == "other":  # on this base its adapter's name is taken by the first judge
         assert "which the policy was trained on" in Judge(replace(stage, config=same)).title
+
+
+@pytest.mark.parametrize("layout", ["two runs", "one run"])
+def test_the_reward_that_the_policys_own_run_names_is_no_stranger(
+    layout: str, stage_of: StageOf, scramble: Callable[..., None], tmp_path: Path
+) -> None:
+    given = [ask(place) for place in range(3)]
+    saved, whole = stage_of(Talk(given)), tmp_path / "whole"
+    reward_role(saved, "reward", scramble)
+    for folder in (whole / "rm", tmp_path / "other"):
+        saved.roles.save("reward", folder / "adapter")
+    (whole / "ppo" / "adapter").mkdir(parents=True)
+    trained_on = "learned" if layout == "one run" else f"verify + 0.5*{tmp_path}/other/../whole/rm"
+    (whole / "ppo" / "config.yaml").write_text(yaml.safe_dump({"ppo": {"reward_model": trained_on}}))
+
+    def title(judge: Path, policy: Path) -> str:
+        return Judge(stage_of(Talk(given), judge=str(judge), policy_folder=str(policy))).title
+
+    for policy in (whole, whole / "ppo", whole / "ppo" / "adapter"):
+        for judge in (whole / "rm", whole / "rm" / "adapter", whole):
+            assert title(judge, policy).endswith(", which the policy was trained on"), (judge, policy)
+        assert title(tmp_path / "other", policy) == str(tmp_path / "other")
+    (whole / "ppo" / "config.yaml").unlink()
+    assert title(whole / "rm", whole) == str(whole / "rm"), "nothing is known of it"
+
+
+def test_the_report_says_that_the_policy_was_trained_to_please_its_judge(
+    stage_of: StageOf, scramble: Callable[..., None], tmp_path: Path
+) -> None:
+    given = [ask(place) for place in range(3)]
+    saved = stage_of(Talk(given))
+    reward_role(saved, "reward", scramble)
+    saved.roles.save("reward", tmp_path / "rm" / "adapter")
+    (tmp_path / "ppo" / "adapter").mkdir(parents=True)
+    (tmp_path / "ppo" / "config.yaml").write_text(yaml.safe_dump({"ppo": {"reward_model": str(tmp_path / "rm")}}))
+    stage = stage_of(Talk(given), policy=True, judge=str(tmp_path / "rm"), policy_folder=str(tmp_path / "ppo"))
+    evaluation = evaluate(stage)
+    assert "which the policy was trained on" in evaluation.judge
+    shown = tables(stage, {"metrics": evaluation.metrics, "ci95": evaluation.ci95}, evaluation)
+    assert any("which the policy was trained on" in table.note for table in shown)
+
+
+def test_a_judge_is_refused_in_the_same_words_before_training_and_before_decoding(stage_of: StageOf) -> None:
+    for settings, world in (({"judge": "verify"}, Corridor()), ({"judge": "learned"}, None)):
+        stage = stage_of(Talk([ask(0)], world=world), **settings)
+        with pytest.raises(PerlVlmError) as early:
+            look_at_data(stage, "eval")
+        with pytest.raises(PerlVlmError) as late:
+            Judge(stage)
+        assert str(early.value) == str(late.value)
+
+
+def test_episodes_that_outgrow_the_prompt_end_there_and_are_judged(stage_of: StageOf) -> None:
+    class Winding(Corridor):
+        def step(self, prompts: Sequence[Example], responses: Sequence[str]) -> list[Step]:
+            onward = [
+                replace(one, messages=(Message("user", (f"{one.messages[0].text} {'second ' * 6}",)),))
+                for one in prompts
+            ]
+            return [Step(1.0, following) for following in onward]
+
+    given = [ask(place) for place in range(3)]
+    stage = stage_of(Talk(given, world=Winding(max_turns=5)), tokens=20)
+    found = evaluate(stage)
+    assert {answer.turns for answer in found.anchor} == {3}
+    assert [answer.judged["right"] for answer in found.anchor] == [float(answer.turns) for answer in found.anchor]
+    assert any("3 of 3 episodes of reference ended where their prompt grew longer" in note for note in stage.notes)
 
 
 def test_a_judge_that_cannot_be_had_is_told_before_anything_is_decoded(

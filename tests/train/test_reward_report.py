@@ -6,22 +6,27 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from perl_vlm.config import EvalConfig, LoraConfig, RmConfig, RunConfig
+from perl_vlm.data.images import ImageBytes, to_png_bytes
+from perl_vlm.errors import Absent
 from perl_vlm.stats import bootstrap_mean, paired_bootstrap
 from perl_vlm.task import Task
-from perl_vlm.train.figures import Figures
+from perl_vlm.train import reward
+from perl_vlm.train.figures import Figures, group_of
 from perl_vlm.train.pipeline import open_session, run_verb
-from perl_vlm.train.reward_report import brief, evaluate_reward_model
+from perl_vlm.train.reward_report import brief, evaluate_reward_model, without_sight
 from perl_vlm.train.rundir import RunDir
 from perl_vlm.train.scoring import score_feedback
 from perl_vlm.train.signals import StopOnSignal
-from perl_vlm.train.stage import Stage
-from perl_vlm.types import Comparison, Example, Message, Rating, RewardHead, Sequences, Split
+from perl_vlm.train.stage import Stage, spaced
+from perl_vlm.types import Comparison, Example, ImageSlot, Message, Rating, RewardHead, Sequences, Split
 
 WORDS = ["<pad>", "<eos>", "<unk>", "good", "bad", "er", "User", ":", "Assistant", *(f"w{n}" for n in range(40))]
 
@@ -101,7 +106,8 @@ def stage_of(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         train: Sequence[Comparison | Rating] | None = None,
         **rm: Any,
     ) -> Stage:
-        task = Taste({"train": list(given if train is None else train), "test": list(given)}, head)
+        held_out: dict[Split, Sequence[Any]] = {"validation": list(given), "test": list(given)}
+        task = Taste({"train": list(given if train is None else train), **held_out}, head)
         session = open_session(task, config_of(model, **rm), StopOnSignal())
         stage = session.stage("rm", RunDir.create(tmp_path / f"run{len(list(tmp_path.iterdir()))}", {}, resume=False))
         stage.roles.add("reward", head="reward", outputs=len(head.objectives))
@@ -248,10 +254,98 @@ def test_a_pairs_objectives_are_measured_and_leaned_on_apart(stage_of: Callable[
     assert found.ci95["reward_model/pair_accuracy/long"] == (1.0, 1.0)
 
 
-def test_no_more_than_eval_pairs_are_measured(stage_of: Callable[..., Stage]) -> None:
-    given = [pair(place, f"w{place}", (5, 2) if place < 4 else (2, 5)) for place in range(10)]
-    found = evaluate_reward_model(stage_of(given, PAIRS, by_length(1.0), eval_pairs=4), ["reward"])
-    assert (found["reward_model/held_out"], found["reward_model/pair_accuracy"]) == (4.0, 1.0)
+def test_no_more_than_eval_pairs_are_measured_and_of_every_objective(stage_of: Callable[..., Stage]) -> None:
+    """The mistake: the first few of two sets that stand one after the other are all of one."""
+    head = RewardHead("pairs", {"long": 1.0, "short": 1.0})
+    given = [pair(place, f"w{place}", (5, 2), "long") for place in range(30)]
+    given += [pair(place, f"w{place}", (2, 5), "short") for place in range(30, 40)]
+    stage = stage_of(given, head, lambda rows: torch.tensor([[float(len(row))] * 2 for row in rows]), eval_pairs=8)
+    found = evaluate_reward_model(stage, ["reward"])
+    assert found["reward_model/held_out"] == 8.0
+    assert found["reward_model/pair_accuracy"] == 0.75
+    assert found["reward_model/pair_accuracy/short"] == 0.0
+    # So it is where the best weights are chosen, and where the reward is normalised.
+    chosen = reward.measure(stage, SimpleNamespace(offer=lambda *_: None), ["reward"], 1.0, 1)  # type: ignore[arg-type]
+    assert chosen["eval/accuracy"] == 0.75
+
+
+def test_rewards_are_normalised_on_every_part_of_a_set(
+    stage_of: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [pair(place, f"w{place}", (2, 2) if place < 20 else (6, 6)) for place in range(40)]
+    stage = stage_of(given, PAIRS, by_length(1.0), normalise="responses")
+    monkeypatch.setattr(reward, "ANCHOR_SAMPLES", 10)
+    reward.normalise_reward(stage, ["reward"])
+    end = 1.0
+    assert stage.roles.head("reward").mean.item() == pytest.approx(4.0 + end)
+
+
+class Counting(Sequence[int]):
+    """Numbers that are made when they are asked for."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.made = size, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < self.size:
+            raise IndexError
+        self.made += 1
+        return place
+
+
+def test_records_are_taken_from_all_over_a_set_and_no_others_are_made() -> None:
+    records = Counting(10_000)
+    found = spaced(records, 100)
+    assert records.made == 100
+    assert found == sorted(set(found)) == spaced(Counting(10_000), 100)
+    assert all(place * 100 <= record < (place + 1) * 100 for place, record in enumerate(found))
+    assert 30 < sum(record % 2 for record in found) < 70, "kinds that take turns are both met"
+    assert spaced(Counting(7), 100) == list(range(7))
+    assert spaced([], 3) == []
+
+
+def test_a_held_out_split_that_is_absent_is_as_good_as_empty(
+    stage_of: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = stage_of([pair(0, "w1", (1, 2))], PAIRS, by_length(1.0))
+
+    def absent(split: Split) -> Any:
+        raise Absent(f"no {split} here")
+
+    monkeypatch.setattr(stage.task, "preferences", absent)
+    monkeypatch.setattr(stage.task, "examples", absent)
+    assert stage.preferences("validation") == []
+    assert stage.demonstrations("validation", needed=False) == []
+    with pytest.raises(Absent, match="no train here"):
+        stage.preferences("train")
+    with pytest.raises(Absent, match="no test here"):
+        stage.examples("test")
+
+
+def test_a_picture_is_not_swapped_for_itself_though_it_is_stored_twice() -> None:
+    def shown(place: int, shade: int) -> Comparison:
+        stored = ImageBytes(to_png_bytes(Image.new("RGB", (4, 4), (shade, 0, 0))), f"row {place}")
+        return Comparison(f"p{place}", (Message("user", (ImageSlot(),)),), "a", "b", (stored,))
+
+    alike = [shown(place, 7) for place in range(4)]
+    assert without_sight(alike, "swapped") == []
+    mixed = [*alike, shown(4, 9)]
+    swapped = without_sight(mixed, "swapped")
+    assert [record.images for record in swapped[:4]] == [mixed[4].images] * 4
+    assert swapped[4].images[0].load().getpixel((0, 0)) == (7, 0, 0)
+    assert len({group_of(record) for record in mixed}) == 2
+
+
+def test_one_group_alone_has_no_interval_and_that_is_said(stage_of: Callable[..., Stage]) -> None:
+    given = [pair(place, "w1", (5, 2)) for place in range(6)]
+    stage = stage_of(given, PAIRS, by_length(1.0))
+    found = evaluate_reward_model(stage, ["reward"])
+    assert found["reward_model/pair_accuracy"] == 1.0
+    assert found.ci95 == {}
+    assert "an interval needs two" in stage.notes[0]
 
 
 def test_nothing_held_out_is_said(stage_of: Callable[..., Stage]) -> None:
