@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perl_vlm.data.adapters import Adapter, first_row
 from perl_vlm_dialogue.preference_sets import Chat, DiaSafety, Hh, LlmBar, PandaLm, Shp
-from perl_vlm_dialogue.rows import Apart
+from perl_vlm_dialogue.rows import Apart, Reader
 from perl_vlm_dialogue.taskmaster import TSV, TaskmasterDialogs, TaskmasterReward, TaskmasterTags
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 TRANSCRIPT = "\n\nHuman:"
 """How the transcripts of hh begin."""
-_READERS = {
+_READERS: dict[str, Callable[[DialogueConfig], Reader]] = {
     "columns": Chat,
     "hh": Hh,
     "shp": Shp,
@@ -46,7 +47,7 @@ def open_adapter(config: DialogueConfig) -> Adapter:
     return Apart(examples, feedback)
 
 
-def _open(config: DialogueConfig) -> Adapter:
+def _open(config: DialogueConfig) -> Reader:
     if config.source == "local" and config.format in ("auto", "taskmaster_dialogs") and _is_tagged(str(config.path)):
         return TaskmasterTags(config)
     kind: str = config.format

@@ -1,6 +1,6 @@
 """Orders of coloured shapes in a shop that must not hand out one colour, made when they are asked for.
 
-A system turn says which colour is bad. The customer orders a thing, adds things and changes the colour of the last one;
+A system turn says which colour is bad. The customer orders two things, then adds one or changes the colour of the last;
 the clerk repeats the whole order as it now stands or, where the newest turn wants the bad colour, refuses. The words
 are those that the bundled model was trained on; it has no plurals.
 
@@ -24,8 +24,8 @@ BAD = ("black", "brown")
 """The colours that may be bad; the other one is then as good as any."""
 SHAPES = ("circle", "rectangle", "triangle", "star")
 OBJECTIVES = ("harmless", "helpful")
-MAX_LATER = 2
-"""Turns of the customer after the first."""
+FIRST, MAX_LATER = 2, 1
+"""Things ordered in the first turn, so that there are thousands of prompts of one turn too, and turns after it."""
 _CARELESS = 0.7
 _REFUSED = 0.4
 _TENTHS: dict[int, Split] = {8: "validation", 9: "test"}
@@ -72,10 +72,8 @@ class Order:
 
     @property
     def slip(self) -> str:
-        """What a clerk says who forgets: the newest thing alone after an addition, the order as it was after a change;
-        the right order where nothing came before."""
-        if not self.before:
-            return self.compliance
+        """What a clerk says who forgets: the newest thing alone after an order or an addition, the order as it was
+        after a change."""
         return _written(self.items[-1:] if len(self.items) > len(self.before) else self.before)
 
     @property
@@ -103,18 +101,21 @@ def random_order(rng: random.Random, split: Split) -> Order:
 def _random_order(rng: random.Random) -> Order:
     bad, later = rng.choice(BAD), rng.randint(0, MAX_LATER)
     refused = rng.random() < _REFUSED
+    fine = [one for one in COLORS if one != bad]
     items: tuple[Item, ...] = ()
     said: tuple[str, ...] = ()
     for turn in range(later + 1):
         before = items
-        # Only the newest turn may want the bad colour: what was said before it has been agreed on.
-        color = bad if refused and turn == later else rng.choice([one for one in COLORS if one != bad])
-        if items and rng.random() < 0.5 and items[-1].color != color:
-            items = (*items[:-1], Item(color, items[-1].shape))
+        # Only the newest thing may have the bad colour: what was said before it has been agreed on.
+        color = bad if refused and turn == later else rng.choice(fine)
+        if before and rng.random() < 0.5 and before[-1].color != color:
+            items = (*before[:-1], Item(color, before[-1].shape))
             said = (*said, _written(before), f"no, {color}")
         else:
-            items = (*items, Item(color, rng.choice(SHAPES)))
-            said = (*said, _written(before), str(items[-1])) if before else (str(items[-1]),)
+            added = [Item(rng.choice(fine), rng.choice(SHAPES)) for _ in range(0 if before else FIRST - 1)]
+            added.append(Item(color, rng.choice(SHAPES)))
+            items = (*before, *added)
+            said = (*said, *([_written(before)] if before else []), _written(added))
     return Order(bad, said, items, before)
 
 
@@ -150,7 +151,8 @@ def wrong_answer(order: Order, objective: str, rng: random.Random) -> str:
         _written((*order.items[:-1], Item(rng.choice(others), last.shape))),
         _written((*order.items[:-1], Item(last.color, rng.choice([one for one in SHAPES if one != last.shape])))),
         _refusal(order.bad),
-        *([order.slip] * 2 if order.slip != order.compliance else []),
+        order.slip,
+        order.slip,
     ]
     return rng.choice(wrong)
 

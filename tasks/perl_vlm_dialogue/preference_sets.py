@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from perl_vlm.data.adapters import Columns, Row, open_rows
-from perl_vlm.data.columns import require, to_comparison, to_rating
+from perl_vlm.data.adapters import Columns, Row, open_configured
+from perl_vlm.data.columns import require, to_comparison, to_example, to_rating
 from perl_vlm.data.messages import check_prompt, check_text, show, transcript_messages
-from perl_vlm.data.sources import LoadedRows
+from perl_vlm.data.sources import LoadedRows, Opened
+from perl_vlm.data.tables import Chain
 from perl_vlm.errors import BadRecord
 from perl_vlm.types import Comparison, Example, Message, Rating, RewardHead, Split
-from perl_vlm_dialogue.rows import Conversations, objective_of
+from perl_vlm_dialogue.rows import Conversations, Prompt, objective_of, prompts_of
 
 if TYPE_CHECKING:
     from perl_vlm_dialogue.task import DialogueConfig
@@ -27,6 +30,10 @@ class Chat(Columns):
     """The documented columns, each record on its objective."""
 
     config: DialogueConfig
+
+    def prompts(self, split: Split) -> set[Prompt]:
+        rows = self.opened.rows(split, key=self.split_key)
+        return prompts_of(rows, lambda row, origin: [to_example(row, origin).messages])
 
     def preferences(self, split: Split) -> Sequence[Comparison] | Sequence[Rating]:
         make: Any = to_rating if self.reward_head().kind == "labels" else to_comparison
@@ -56,6 +63,10 @@ class Pairs(Conversations):
     def pair(self, row: Row, origin: str) -> Pair | None:
         """The pair of a row; None for one that prefers neither answer. Raises BadRecord."""
         raise NotImplementedError
+
+    def asked(self, row: Row, origin: str) -> Iterable[Prompt]:
+        pair = self.pair(row, origin)
+        return () if pair is None else (pair.messages,)
 
     def examples(self, split: Split) -> Sequence[Example]:
         seen: set[tuple[Message, ...]] = set()
@@ -97,14 +108,20 @@ class Hh(Pairs):
 
     needed = ("chosen", "rejected")
 
-    def rows(self, split: Split) -> Any:
+    @cached_property
+    def _folders(self) -> list[Opened]:
+        """The sources: upstream keeps each objective in a folder of its own."""
         config = self.config
         if config.source != "hub" or config.dataset_dir or not config.objectives:
-            return super().rows(split)
-        # Upstream keeps each objective in a folder of its own.
-        parts = [replace(config, dataset_dir=f"{name}-base") for name in config.objectives]
-        share = math.ceil(config.size(split) / len(parts))
-        return _Chained([open_rows(part, split, share) for part in parts])
+            return [self.opened]
+        return [open_configured(replace(config, dataset_dir=f"{name}-base")) for name in config.objectives]
+
+    def rows(self, split: Split) -> LoadedRows:
+        share = math.ceil(self.config.size(split) / len(self._folders))
+        return _chained([folder.rows(split, share, self.config.data_seed) for folder in self._folders])
+
+    def every_row(self, split: Split) -> LoadedRows:
+        return _chained([folder.rows(split) for folder in self._folders])
 
     def pair(self, row: Row, origin: str) -> Pair:
         require(row, self.needed, origin)
@@ -198,6 +215,9 @@ class DiaSafety(Conversations):
     group = "context"
     needed = ("context", "response", "label")
 
+    def asked(self, row: Row, origin: str) -> Iterable[Prompt]:
+        return (self._rating(row, origin).messages,)
+
     def examples(self, split: Split) -> Sequence[Example]:
         seen: set[tuple[Message, ...]] = set()
 
@@ -233,18 +253,12 @@ class DiaSafety(Conversations):
         )
 
 
-class _Chained(Sequence[tuple[dict[str, Any], str]]):
+def _chained(parts: Sequence[LoadedRows]) -> LoadedRows:
     """Rows of several sources, one after the other."""
-
-    def __init__(self, parts: Sequence[LoadedRows]) -> None:
-        self._places = [(part, index) for part in parts for index in range(len(part))]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: Any) -> Any:
-        part, place = self._places[index]
-        return part[place]
+    tables = [part.table for part in parts]
+    starts = itertools.accumulate(map(len, tables), initial=0)
+    places = [start + index for start, part in zip(starts, parts, strict=False) for index in part.indices]
+    return LoadedRows(Chain(tables), places, parts[0].root)
 
 
 def _transcript(value: Any, column: str, origin: str) -> tuple[Message, ...]:

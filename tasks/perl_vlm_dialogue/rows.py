@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from perl_vlm.data.adapters import Adapter, Row, Source, first_row
 from perl_vlm.data.columns import require
 from perl_vlm.data.messages import check_text
-from perl_vlm.errors import BadRecord, PerlVlmError
+from perl_vlm.data.sources import LoadedRows
+from perl_vlm.errors import Absent, BadRecord, PerlVlmError
 from perl_vlm.types import Comparison, Example, Message, Rating, RewardHead, Split
 
 if TYPE_CHECKING:
     from perl_vlm_dialogue.task import DialogueConfig
 
-Record = TypeVar("Record", Example, Comparison, Rating)
+Prompt = tuple[Message, ...]
 
 _MORE_HELD_OUT: Mapping[Split, tuple[Split, ...]] = {
     "train": ("validation", "test"),
     "validation": ("test",),
     "test": (),
 }
+
+
+class Reader(Adapter, Protocol):
+    """An adapter that tells which prompts the whole of a split asks."""
+
+    def prompts(self, split: Split) -> set[Prompt]:
+        """Those of every row, also where fewer are taken. Raises Absent where the data has no such split."""
+        ...
+
+
+def prompts_of(rows: LoadedRows, read: Callable[[Row, str], Iterable[Prompt]]) -> set[Prompt]:
+    """The prompts of rows; a row that cannot be used is named when its own split is opened."""
+    found = set[Prompt]()
+    for index, row in zip(rows.indices, rows.table.read(rows.indices), strict=True):
+        if not isinstance(row, BadRecord):
+            try:
+                found.update(read(row, rows.table.origin(index)))
+            except BadRecord:
+                continue
+    return found
 
 
 class Conversations(Source):
@@ -43,6 +64,17 @@ class Conversations(Source):
             # The shared layer divides by the column `prompt`, so the group goes by that name too.
             config = replace(config, columns={**config.columns, self.group: theirs, "prompt": theirs})
         super().__init__(config)
+
+    def asked(self, row: Row, origin: str) -> Iterable[Prompt]:
+        """The prompts of a row. Raises BadRecord where it cannot be used."""
+        raise NotImplementedError
+
+    def every_row(self, split: Split) -> LoadedRows:
+        """The rows of a split, however few the configuration takes."""
+        return self.opened.rows(split, key=self.split_key)
+
+    def prompts(self, split: Split) -> set[Prompt]:
+        return prompts_of(self.every_row(split), self.asked)
 
     def objective(self, row: Row, origin: str) -> str:
         """The objective that a row speaks of."""
@@ -80,13 +112,14 @@ class Apart:
     """An adapter without the records whose prompt is in a split that is held out more than their own.
 
     Public sets share prompts between their own splits (DiaSafety's validation contexts do in four cases of nine), and
-    a first turn such as "a latte please" opens many conversations.
+    a first turn such as "a latte please" opens many conversations. What is held out is a matter of the data alone: all
+    of a split's prompts are, whether or not they are among the records that the configuration takes.
     """
 
-    def __init__(self, examples: Adapter, preferences: Adapter) -> None:
+    def __init__(self, examples: Reader, preferences: Reader) -> None:
         """Examples and preferences may come from one adapter or from two."""
         self._adapters = {"examples": examples, "preferences": preferences}
-        self._loaded: dict[tuple[str, Split], Sequence[Any]] = {}
+        self._prompts: dict[Split, set[Prompt]] = {}
         self.skipped: dict[str, list[BadRecord]] = {}
 
     def examples(self, split: Split) -> Sequence[Example]:
@@ -98,34 +131,31 @@ class Apart:
     def reward_head(self) -> RewardHead:
         return self._adapters["preferences"].reward_head()
 
-    def _load(self, what: str, split: Split) -> Sequence[Any]:
-        if (what, split) not in self._loaded:
-            adapter, name = self._adapters[what], f"{split} {what}"
-            self._loaded[what, split] = getattr(adapter, what)(split)
-            if adapter.skipped.get(name):
-                self.skipped[name] = list(adapter.skipped[name])
-        return self._loaded[what, split]
-
     def _apart(self, what: str, split: Split) -> Any:
-        records = self._load(what, split)
-        taken: dict[tuple[Message, ...], str] = {}
-        for other in _MORE_HELD_OUT[split]:
-            for sort in ("examples", "preferences"):
-                try:
-                    taken.update((record.messages, other) for record in self._load(sort, other))
-                except PerlVlmError:
-                    continue  # a split that cannot be read is not tested on; whoever asks for it is told
-        kept = [record for record in records if record.messages not in taken]
-        left_out = [record for record in records if record.messages in taken]
-        if left_out:
-            remedy = "It is left out here, so that what is tested on is not trained on"
-            self.skipped[f"{split} {what}"] = [
-                *self._adapters[what].skipped.get(f"{split} {what}", []),
-                *(
-                    BadRecord(record.origin, f"the prompt is in the {taken[record.messages]} split too", remedy)
-                    for record in left_out
-                ),
-            ]
+        adapter, name = self._adapters[what], f"{split} {what}"
+        records: Sequence[Any] = getattr(adapter, what)(split)
+        held_out = {prompt: other for other in _MORE_HELD_OUT[split] for prompt in self._asked(other)}
+        kept = [record for record in records if record.messages not in held_out]
+        remedy = "It is left out here, so that what is tested on is not trained on"
+        left_out = [
+            BadRecord(record.origin, f"the prompt is in the {held_out[record.messages]} split too", remedy)
+            for record in records
+            if record.messages in held_out
+        ]
+        if left_out or adapter.skipped.get(name):
+            self.skipped[name] = [*adapter.skipped.get(name, []), *left_out]
         if not kept:
             raise PerlVlmError(f"Every prompt of the {split} {what} is in a held-out split too; nothing is left.")
         return kept
+
+    def _asked(self, split: Split) -> set[Prompt]:
+        """The prompts of a split, of examples and preferences alike."""
+        if split not in self._prompts:
+            found = set[Prompt]()
+            for adapter in {id(adapter): adapter for adapter in self._adapters.values()}.values():
+                try:
+                    found |= adapter.prompts(split)
+                except Absent:
+                    continue  # the data has no such split
+            self._prompts[split] = found
+        return self._prompts[split]

@@ -31,30 +31,28 @@ def token_f1(answer: str, reference: str) -> float:
 def match_action(given: Action | None, wanted: Action) -> float:
     """How well one action does for another, in [0, 1].
 
-    A text is worth its token F1, a call of the right API the F1 of its arguments (``argument_f1``). A text for a call,
-    a call for a text, another API and what could not be parsed (None) are worth 0.
+    A text is worth its token F1, a call of the right API the F1 of its name and arguments (``call_f1``). A text for a
+    call, a call for a text, another API and what could not be parsed (None) are worth 0.
     """
     if isinstance(given, Say) and isinstance(wanted, Say):
         return token_f1(given.text, wanted.text)
     if isinstance(given, Call) and isinstance(wanted, Call) and given.name == wanted.name:
-        return argument_f1(given.arguments, wanted.arguments)
+        return call_f1(given.arguments, wanted.arguments)
     return 0.0
 
 
-def argument_f1(given: Mapping[str, Value], wanted: Mapping[str, Value]) -> float:
-    """F1 of the arguments: each that is wanted is worth the token F1 of the best one left that has its name.
+def call_f1(given: Mapping[str, Value], wanted: Mapping[str, Value]) -> float:
+    """F1 of two calls of one API: its name, which is right, and the arguments, each of which is worth the token F1 of
+    the best one left that has its name.
 
-    Members of a list count as arguments of the list's name, in any order, each as the words of all its values. 1 where
-    neither call has arguments.
+    Members of a list count as arguments of the list's name, in any order, each as the words of all its values.
     """
     left: dict[str, list[str]] = {}
     for name, text in _leaves(given):
         left.setdefault(name, []).append(text)
     total = sum(map(len, left.values()))
     leaves = list(_leaves(wanted))
-    if not leaves and not total:
-        return 1.0
-    credit, rest = 0.0, list[tuple[str, str]]()
+    credit, rest = 1.0, list[tuple[str, str]]()
     for name, text in leaves:  # what is the same goes first, so that the order of a list does not matter
         same = next((other for other in left.get(name, []) if normalise(other) == normalise(text)), None)
         if same is None:
@@ -67,7 +65,7 @@ def argument_f1(given: Mapping[str, Value], wanted: Mapping[str, Value]) -> floa
         if best is not None:
             left[name].remove(best)
             credit += token_f1(best, text)
-    return 2 * credit / (total + len(leaves))
+    return 2 * credit / (total + 1 + len(leaves) + 1)
 
 
 def same_action(given: Action | None, wanted: Action) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,7 @@ from perl_vlm.data.tables import Chain, Rows, Table
 from perl_vlm.errors import BadRecord, PerlVlmError
 from perl_vlm.types import Comparison, Example, Message, Rating, RewardHead, Split
 from perl_vlm_dialogue.actions import Action, Call, Say, Turn, parse_action, write_action, write_context
-from perl_vlm_dialogue.rows import Conversations
+from perl_vlm_dialogue.rows import Conversations, Prompt
 from perl_vlm_dialogue.scoring import match_action
 from perl_vlm_dialogue.taskmaster_turns import (
     context_turns,
@@ -44,6 +44,10 @@ class TaskmasterReward(Conversations):
 
     group = "context"
     needed = ("conversation_id", "context", "generation", "reward")
+
+    def asked(self, row: Row, origin: str) -> Iterable[Prompt]:
+        require(row, self.needed, origin)
+        return (self._messages(row, origin),)
 
     def examples(self, split: Split) -> Sequence[Example]:
         def convert(row: Row, origin: str) -> Example | None:
@@ -93,6 +97,9 @@ class TaskmasterDialogs(Conversations):
     def __init__(self, config: DialogueConfig) -> None:
         super().__init__(config)
         self._read: dict[Split, list[Example]] = {}
+
+    def asked(self, row: Row, origin: str) -> Iterable[Prompt]:
+        return [example.messages for example in self._unfold(row, origin)]
 
     def turns(self, row: Row, origin: str) -> list[tuple[list[Turn], Action]]:
         """The agent's turns of a row, each with the turns before it."""

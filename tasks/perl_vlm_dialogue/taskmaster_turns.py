@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +67,8 @@ def dialog_turns(utterances: Any, origin: str) -> list[Turn]:
     """The column ``utterances`` of a whole dialogue.
 
     What the user says is followed by the API calls it led to: in TM-4 the annotations ``api_call``, ``request``,
-    ``api_response``, ``response``, in TM-3 the list ``apis`` of {name, args, response}.
+    ``api_response``, ``response``, in TM-3 the list ``apis`` of {name, args, response}, where the hub's copy holds args
+    as a list of {arg_name, arg_value} and the response as one of {response_name, response_value}.
 
     Raises:
         BadRecord: no utterance, a speaker that is neither user nor assistant, an API value that is no JSON.
@@ -115,8 +117,31 @@ def _annotated(annotations: Sequence[Mapping[str, Any]], origin: str) -> Iterato
 
 def _listed(apis: Sequence[Mapping[str, Any]], origin: str) -> Iterator[Turn]:
     for api in apis:
-        yield _call(str(api.get("name")), api.get("args") or {}, origin)
-        yield _result(str(api.get("name")), api.get("response") or {}, origin)
+        yield _call(str(api.get("name")), _by_name(api.get("args"), "arg", origin), origin)
+        yield _result(str(api.get("name")), _by_name(api.get("response"), "response", origin), origin)
+
+
+def _by_name(values: Any, what: str, origin: str) -> Any:
+    """Named values as {name: value}; a list of {<what>_name, <what>_value} is brought into that form."""
+    if not isinstance(values, list):
+        return values or {}
+    found: dict[str, list[Any]] = {}
+    for item in values:
+        if not isinstance(item, Mapping) or not {f"{what}_name", f"{what}_value"} <= set(item):
+            remedy = f"It is {{name: value}}, or a list of {{{what}_name, {what}_value}}"
+            raise BadRecord(origin, f"an API's {what} holds {show(item)}", remedy)
+        found.setdefault(str(item[f"{what}_name"]), []).append(_listed_again(item[f"{what}_value"]))
+    return {name: held if len(held) > 1 else held[0] for name, held in found.items()}
+
+
+def _listed_again(value: Any) -> Any:
+    """A list that the hub's copy, whose values are texts, holds as Python writes it: ``"['Mulan', 'Emma']"``."""
+    if not isinstance(value, str) or not value.startswith("["):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return value  # a text that happens to begin so
 
 
 def tagged_turns(context: str, origin: str) -> list[Turn]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from perl_vlm.data.adapters import Adapter, Columns, Row, first_columns
-from perl_vlm.data.columns import missing_columns, require
+from perl_vlm.data.columns import missing_columns, require, to_example
 from perl_vlm.data.messages import show
 from perl_vlm.errors import BadRecord
 from perl_vlm.types import Rating, RewardHead, Split
 from perl_vlm_instructions.alpaca_farm import INSTRUCTIONS, AlpacaFarm
 from perl_vlm_instructions.prompts import prompt_text
-from perl_vlm_instructions.records import Asked, InstructionSource, about, optional_text, text, texts
+from perl_vlm_instructions.records import Apart, Asked, InstructionSource, about, optional_text, text, texts
 from perl_vlm_instructions.truthfulqa import TruthfulQA
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class HaluEval(InstructionSource):
 
     Preferences are labels: a response without hallucination is good. Only such a response is a reference.
     """
+
+    split_key = "user_query"
 
     def ask(self, row: Row, origin: str) -> Asked:
         require(row, ["user_query", "chatgpt_response", "hallucination"], origin)
@@ -114,12 +116,19 @@ def _filled(value: str, column: str, origin: str) -> str:
     return value
 
 
-class InstructionColumns(Columns):
+class InstructionColumns(Apart, Columns):
     """The documented columns, with ``topic`` and ``knowledge`` beside them and prompts in the configured style."""
 
     # What cannot be judged is left out by the task, which knows whether there is knowledge to judge by.
     referenced = False
     config: InstructionsConfig
+
+    def key(self, row: Row, origin: str) -> str:
+        messages = to_example(row, origin).messages
+        return "\n".join(f"{turn.role}: {' '.join(turn.text.lower().split())}" for turn in messages)
+
+    def collect(self, rows: Any, convert: Callable[[Row, str], Any], split: Split, what: str) -> list[Any]:
+        return self.apart(rows, convert, split, what)
 
     def renamed(self, row: Row, origin: str) -> Row:
         found = about(row, origin)

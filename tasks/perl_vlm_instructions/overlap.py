@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _WORD = re.compile(r"\w+")
 
@@ -51,6 +52,35 @@ def lcs_length(one: Sequence[str], other: Sequence[str]) -> int:
         matches = row & places.get(word, 0)
         row = ((row + matches) | (row - matches)) & full
     return len(one) - row.bit_count()
+
+
+def near_groups(texts: Iterable[str], threshold: float = 0.5) -> list[list[str]]:
+    r"""Texts that say nearly the same, together; each group sorted.
+
+    Two texts are near where of all their different words at least ``threshold`` are in both (Jaccard),
+
+    .. math:: \frac{|w(a) \cap w(b)|}{|w(a) \cup w(b)|} \ge \tau
+
+    and those near to a third are in one group with it.
+    """
+    ordered = sorted(set(texts))
+    found = [frozenset(words(text)) for text in ordered]
+    leader = list(range(len(ordered)))
+
+    def leader_of(place: int) -> int:
+        while leader[place] != place:
+            place = leader[place]
+        return place
+
+    for one, other in itertools.combinations(range(len(ordered)), 2):
+        shared = len(found[one] & found[other])
+        if shared >= threshold * (len(found[one]) + len(found[other]) - shared):
+            first, second = sorted((leader_of(one), leader_of(other)))
+            leader[second] = first
+    groups: dict[int, list[str]] = {}
+    for place, text in enumerate(ordered):
+        groups.setdefault(leader_of(place), []).append(text)
+    return list(groups.values())
 
 
 def nearest_is_true(response: str, true: Sequence[str], false: Sequence[str]) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from perl_vlm.data.adapters import Row, Source
 from perl_vlm.data.messages import check_text, show
 from perl_vlm.data.sources import LoadedRows
-from perl_vlm.errors import BadRecord, PerlVlmError
+from perl_vlm.errors import Absent, BadRecord
 from perl_vlm.types import SPLITS, Comparison, Example, Message, Rating, Split
 from perl_vlm_instructions.prompts import PromptStyle, prompt
 
@@ -86,24 +86,81 @@ def about(row: Row, origin: str) -> dict[str, Any]:
     return found
 
 
-class InstructionSource(Source):
-    """Rows of instructions; subclasses say what one row asks.
+class Apart(Source):
+    """A source whose splits may share prompts.
 
     A prompt that is in two splits of the data is kept in the later one alone (test before validation before train),
-    and what was left out is counted.
+    and what was left out is counted. All prompts of a split count, whether or not their rows are among those taken.
     """
 
+    def key(self, row: Row, origin: str) -> str:
+        """Equal for rows whose prompts read the same. Raises BadRecord where a row cannot be used."""
+        raise NotImplementedError
+
+    def apart(
+        self,
+        rows: LoadedRows,
+        convert: Callable[[Row, str], Any],
+        split: Split,
+        what: str,
+        held_out: set[str] | None = None,
+    ) -> list[Any]:
+        """``collect`` without the rows whose prompts are among ``held_out``, by default those of later splits."""
+        keys = self.later_prompts(split) if held_out is None else held_out
+        doubled: list[BadRecord] = []
+
+        def kept(row: Row, origin: str) -> Any:
+            if self.key(row, origin) not in keys:
+                return convert(row, origin)
+            doubled.append(BadRecord(origin, "the same prompt is held out in another split", "It is left out here"))
+            return None
+
+        records = super().collect(rows, kept, split, what)
+        if doubled:
+            self.skipped[f"{split} {what} that are held out elsewhere"] = doubled
+        return records
+
+    def later_prompts(self, split: Split) -> set[str]:
+        """Keys of the prompts in the splits after this one."""
+        keys: set[str] = set()
+        for later in SPLITS[SPLITS.index(split) + 1 :]:
+            try:
+                rows = self.opened.rows(later, key=self.split_key)
+            except Absent:
+                continue  # the data have no such split
+            keys |= self.keys(rows)
+        return keys
+
+    def keys(self, rows: LoadedRows) -> set[str]:
+        """Keys of the prompts of rows; those that cannot be read are named when their own split is opened."""
+        found = set[str]()
+        for index, row in zip(rows.indices, rows.table.read(rows.indices), strict=True):
+            if not isinstance(row, BadRecord):
+                try:
+                    found.add(self.key(row, rows.table.origin(index)))
+                except BadRecord:
+                    continue
+        return found
+
+
+class InstructionSource(Apart):
+    """Rows of instructions; subclasses say what one row asks."""
+
+    split_key = "instruction"  # the whole row would put one prompt with two answers into two splits
     config: InstructionsConfig
 
     def ask(self, row: Row, origin: str) -> Asked:
         """What a row asks. Raises BadRecord where it cannot be used."""
         raise NotImplementedError
 
+    def key(self, row: Row, origin: str) -> str:
+        return self.ask(row, origin).key
+
     def examples(self, split: Split) -> Sequence[Example]:
         return self.gather(split, "examples", lambda asked, row: asked.example(self.config.prompt_style))
 
     def preferences(self, split: Split) -> Sequence[Comparison] | Sequence[Rating]:
-        raise PerlVlmError(
+        raise Absent(
             f"{self.config.place} holds instructions and answers, but no preferences. Preferences: "
             "--task.format alpaca_farm, truthfulqa, halueval, or columns; a reward model trained on them serves here "
             "too, as --ppo.reward_model FOLDER."
@@ -126,41 +183,8 @@ class InstructionSource(Source):
             rows: the rows, where they are not simply those of the split.
             held_out: keys of the prompts to leave out, where they are not simply those of later splits.
         """
-        held_out = self.later_prompts(split) if held_out is None else held_out
-        doubled: list[BadRecord] = []
-
-        def convert(row: Row, origin: str) -> Any:
-            asked = self.ask(row, origin)
-            if asked.key in held_out:
-                doubled.append(BadRecord(origin, "the same prompt is held out in another split", "It is left out here"))
-                return None
-            return make(asked, row)
-
-        records = self.collect(self.rows(split) if rows is None else rows, convert, split, what)
-        if doubled:
-            self.skipped[f"{split} {what} that are held out elsewhere"] = doubled
-        return records
-
-    def later_prompts(self, split: Split) -> set[str]:
-        """Keys of the prompts in the splits after this one."""
-        keys: set[str] = set()
-        for later in SPLITS[SPLITS.index(split) + 1 :]:
-            try:
-                rows = self.rows(later)
-            except PerlVlmError:
-                continue  # the data have no such split
-            keys |= self.keys(rows)
-        return keys
-
-    def keys(self, rows: LoadedRows) -> set[str]:
-        """Keys of the prompts of rows; those that cannot be read are named when their own split is opened."""
-        found = set[str]()
-        for index in range(len(rows)):
-            try:
-                found.add(self.ask(*rows[index]).key)
-            except BadRecord:
-                continue
-        return found
+        taken = self.rows(split) if rows is None else rows
+        return self.apart(taken, lambda row, origin: make(self.ask(row, origin), row), split, what, held_out)
 
 
 def texts(value: Any, column: str, origin: str) -> list[str]:

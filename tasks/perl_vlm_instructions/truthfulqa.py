@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,10 @@ from perl_vlm.data.adapters import Row, Source
 from perl_vlm.data.columns import missing_columns, require
 from perl_vlm.data.messages import show
 from perl_vlm.data.sources import LoadedRows
-from perl_vlm.errors import BadRecord, PerlVlmError
-from perl_vlm.types import SPLITS, Comparison, Example, Split
-from perl_vlm_instructions.overlap import words
+from perl_vlm.data.tables import Chain, Renamed, Table
+from perl_vlm.errors import Absent, BadRecord, PerlVlmError
+from perl_vlm.types import Comparison, Example, Split
+from perl_vlm_instructions.overlap import near_groups, words
 from perl_vlm_instructions.records import Asked, optional_text, split_of, text, texts
 
 if TYPE_CHECKING:
@@ -64,14 +66,23 @@ def read_question(row: Row, origin: str) -> Question:
         require(row, ["question", "correct_answers", "incorrect_answers"], origin)
         true = texts(row["correct_answers"], "correct_answers", origin)
         false = texts(row["incorrect_answers"], "incorrect_answers", origin)
-        return _question(row, origin, "question", text(row, "best_answer", origin), true, false)
+        best = text(row, "best_answer", origin)
+        return _question(row, origin, "question", _closed(best), list(map(_closed, true)), list(map(_closed, false)))
     raise missing_columns(["Question", "Best Answer", "Correct Answers", "Incorrect Answers"], row, origin)
 
 
 def _csv(row: Row, origin: str) -> Question:
     require(row, ["Best Answer", "Correct Answers", "Incorrect Answers"], origin)
     true, false = (text(row, f"{sort} Answers", origin).split(";") for sort in ("Correct", "Incorrect"))
-    return _question(row, origin, "Question", text(row, "Best Answer", origin), true, false)
+    best = text(row, "Best Answer", origin)
+    return _question(row, origin, "Question", _closed(best), list(map(_closed, true)), list(map(_closed, false)))
+
+
+def _closed(answer: str) -> str:
+    """An answer with a period at its end, as the published evaluation compares them (``split_multi_answer`` and
+    ``format_best`` of its ``utilities.py``): in the CSV some have one and some have not, and log-probs tell."""
+    answer = answer.strip()
+    return answer if not answer or answer.endswith(".") else f"{answer}."
 
 
 def _multiple_choice(row: Row, origin: str) -> Question:
@@ -159,22 +170,9 @@ def mc_scores(
     return {"mc1": mc1, "mc2": min(1.0, mc2)}
 
 
-class _Everything(Sequence[tuple[Row, str]]):
-    """The rows of all parts, one after the other; reading one may raise BadRecord."""
-
-    def __init__(self, parts: Sequence[LoadedRows]) -> None:
-        self._places = [(part, index) for part in parts for index in range(len(part))]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: Any) -> Any:
-        part, place = self._places[index]
-        return part[place]
-
-
 class TruthfulQA(Source):
-    """The questions, split by a hash of their text, or all of them as the test where ``benchmark`` is set.
+    """The questions, split by a hash of their text, near relatives together, or all of them as the test where
+    ``benchmark`` is set.
 
     Preferences: every false answer is rejected once, against the true ones in turn, the best first.
     """
@@ -221,14 +219,16 @@ class TruthfulQA(Source):
 
     def _load(self, split: Split) -> list[Question]:
         if self.config.benchmark and split != "test":
-            raise PerlVlmError(
+            raise Absent(
                 f"task.benchmark makes every question of {self.config.place} a test question, so there are no {split} "
                 "records. Pass --task.benchmark false to train on eight tenths of the questions."
             )
 
+        splits = {} if self.config.benchmark else self._splits
+
         def convert(row: Row, origin: str) -> Question | None:
             question = read_question(row, origin)
-            return question if self.config.benchmark or split_of(question.asked.key) == split else None
+            return question if splits.get(question.asked.key, split) == split else None
 
         found: list[Question] = self.collect(self._everything(), convert, split, "questions")
         limit = self.config.size(split)
@@ -237,15 +237,24 @@ class TruthfulQA(Source):
             found = [found[place] for place in sorted(chosen)]
         return found
 
-    def _everything(self) -> _Everything:
-        """All rows of the source, whatever splits it names: the hub has one alone, the CSV none."""
-        parts: list[LoadedRows] = []
-        failed: list[PerlVlmError] = []
-        for split in SPLITS:
+    @cached_property
+    def _splits(self) -> dict[str, Split]:
+        """By question, its split. Near relatives, such as one question about several countries, have that of one of
+        them: what is learned of one would answer the other."""
+        rows, keys = self._everything(), set[str]()
+        for index in range(len(rows)):
             try:
-                parts.append(self.opened.rows(split))
-            except PerlVlmError as error:
-                failed.append(error)
-        if not parts:
-            raise failed[0]
-        return _Everything(parts)
+                keys.add(read_question(*rows[index]).asked.key)
+            except BadRecord:
+                continue  # named by every split that is opened
+        return {key: split_of(group[0]) for group in near_groups(keys) for key in group}
+
+    def _everything(self) -> LoadedRows:
+        """All rows of the source, whatever splits it names: the hub has one alone, the CSV none."""
+        if not self.opened.tables:
+            self.opened.rows("test")  # says what is missing
+        tables: list[Table] = [opener() for opener in self.opened.tables.values()]
+        if self.opened.columns:
+            tables = [Renamed(table, self.opened.columns) for table in tables]
+        whole = Chain(tables)
+        return LoadedRows(whole, range(len(whole)), self.opened.root)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from perl_vlm.data.adapters import Adapter, Columns, Row, first_row
+from perl_vlm.data.adapters import Columns, Row, Source, first_row
 from perl_vlm_summarization.chats import Chats
 from perl_vlm_summarization.graded import Newsroom, Qags, RealSumm, SummEval
+from perl_vlm_summarization.parquet_copy import SCRIPTS, open_copy
 from perl_vlm_summarization.tldr import Comparisons, Posts
 
 if TYPE_CHECKING:
     from perl_vlm_summarization.task import SummarizationConfig
 
-_ADAPTERS: Mapping[str, Callable[[Any], Adapter]] = {
+_ADAPTERS: Mapping[str, Callable[[Any], Source]] = {
     "columns": Columns,
     "tldr": Comparisons,
     "tldr_posts": Posts,
@@ -26,10 +27,14 @@ _ADAPTERS: Mapping[str, Callable[[Any], Adapter]] = {
 }
 
 
-def open_adapter(config: SummarizationConfig) -> Adapter:
+def open_adapter(config: SummarizationConfig) -> Source:
     """Return the adapter for the configuration's format, recognising it where that is ``auto``."""
-    kind = recognise(first_row(config)[0]) if config.format == "auto" else config.format
-    return _ADAPTERS[kind](config)
+    opened = open_copy(config) if config.source == "hub" and config.hub_name in SCRIPTS else None
+    kind = recognise(first_row(config, opened)[0]) if config.format == "auto" else config.format
+    adapter = _ADAPTERS[kind](config)
+    if opened is not None:
+        adapter.opened = opened
+    return adapter
 
 
 def recognise(row: Row) -> str:
@@ -39,7 +44,7 @@ def recognise(row: Row) -> str:
         return "tldr"
     if {"post", "summary"} <= has:
         return "tldr_posts"
-    if {"dialogue", "summary"} <= has:
+    if "dialogue" in has and "prompt" not in has:
         return "dialogsum" if has & {"fname", "topic"} else "samsum"
     if {"text", "machine_summaries"} <= has:
         return "summeval"

@@ -26,6 +26,10 @@ Style = Literal["tldr", "chat"]
 _TENTHS = 10
 _SHARES: dict[Split, range] = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s)|\n")
+_LABELLED = re.compile(
+    r"(?:SUBREDDIT: .*?\n\n)?(?:TITLE: (?P<title>.*?)\n\n)?(?:POST|ARTICLE): (?P<text>.*?)\s*TL;DR:\s*", re.DOTALL
+)
+_INSTRUCTED = re.compile(r"(?:Summarize this \w+ in a few sentences\.|summarize this article:)\s+")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,16 @@ class Document:
             return (Message("user", ("\n\n".join([*lines, f"{label}: {self.text}", "TL;DR:"]),)),)
         title = f"{self.title}\n\n" if self.title else ""
         return (Message("user", (f"Summarize this {self.kind} in a few sentences.\n\n{title}{self.text}",)),)
+
+
+def document_of(prompt: str) -> str:
+    """What a prompt asks to have summarized: its document, with the title, and none of the words around them. A prompt
+    that is laid out otherwise is taken whole."""
+    labelled = _LABELLED.fullmatch(prompt)
+    if labelled is not None:
+        return "\n\n".join(part for part in (labelled["title"], labelled["text"]) if part)
+    instructed = _INSTRUCTED.match(prompt)
+    return prompt[instructed.end() :] if instructed is not None else prompt
 
 
 def cut(text: str, limit: int) -> str:

@@ -55,6 +55,8 @@ class GradedPairs(DocumentSource):
     """What the summaries are graded for."""
     usual_gap = 1.0
     """``min_gap`` where it is not set: one of five points."""
+    scale = 4.0
+    """From the worst grade to the best. Margins are shares of it: points and recalls would be other rewards."""
 
     def document_text(self, row: Row) -> Any:
         return row.get("document", row.get("text"))
@@ -84,10 +86,10 @@ class GradedPairs(DocumentSource):
         pairs = []
         for one, other in itertools.combinations(document.candidates, 2):
             better, worse = sorted((one, other), key=self._grade, reverse=True)
-            margin = self._grade(better) - self._grade(worse)
+            apart = self._grade(better) - self._grade(worse)
             # Some systems say the same in other letters, and their grades then differ for no reason in the text.
-            if margin >= gap - _ROUNDING and words(better.text) != words(worse.text):
-                pairs.append((better, worse, round(margin, 6)))
+            if apart >= gap - _ROUNDING and words(better.text) != words(worse.text):
+                pairs.append((better, worse, round(apart / self.scale, 6)))
         if config.pairs_per_document and len(pairs) > config.pairs_per_document:
             rng = random.Random(f"{config.data_seed}-{document.id}-pairs")
             places = sorted(rng.sample(range(len(pairs)), config.pairs_per_document))
@@ -187,6 +189,7 @@ class RealSumm(GradedPairs):
 
     aspects = ("recall",)
     usual_gap = 0.2
+    scale = 1.0
 
 
 class Qags(DocumentSource):

@@ -11,6 +11,7 @@ from perl_vlm.data.config import DataConfig
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.types import Example, Split
 from perl_vlm_summarization import metrics
+from perl_vlm_summarization.documents import document_of
 
 TLDR = "openai/summarize_from_feedback"
 
@@ -43,8 +44,8 @@ class SummarizationConfig(DataConfig):
     aspect: Literal["mean", "coherence", "consistency", "fluency", "relevance", "informativeness", "recall"] = "mean"
     """For graded summaries: which grade makes one of two better; mean is over all that the set has."""
     min_gap: float | None = None
-    """For graded summaries: the least difference in grades that makes a pair, and its margin the difference; when not
-    given, 1 of five points, and 0.2 of realsumm's recall."""
+    """For graded summaries: the least difference in grades that makes a pair; when not given, 1 of five points, and 0.2
+    of realsumm's recall. The margin of a pair is the difference as a share of the scale."""
     pairs_per_document: int = 32
     """For graded summaries: at most this many pairs of one document (0 for all)."""
     consistent_from: float = 1.0
@@ -112,7 +113,8 @@ class Summarization(DataTask):
                 f"{example.origin or example.id} has no reference summary to compare with. Add a column `reference`, "
                 "or evaluate on data that has them."
             )
-        document = "\n".join(message.text for message in example.messages)
+        # What is said around the document is no source: an instruction's words are in every prompt.
+        document = "\n".join(document_of(turn.text) for turn in example.messages if turn.role != "system")
         scores = metrics.rouge(example.metadata.get("references") or [example.reference], response)
         scores["length_ratio"] = metrics.length_ratio(example.reference, response)
         scores["consistency"] = metrics.consistency(document, response)

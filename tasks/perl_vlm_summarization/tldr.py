@@ -132,7 +132,7 @@ class Posts(DocumentSource):
 def no_preferences(place: str, what: str) -> PerlVlmError:
     """The error for preferences of a set that has none."""
     return PerlVlmError(
-        f"{place} holds {what} with reference summaries and no preferences, so it cannot train a reward model. Train "
+        f"{place} holds {what} and no preferences, so it cannot train a reward model. Train "
         "one on TL;DR (perl-vlm summarization rm --config rm) and name its run here: --ppo.reward_model RUN_FOLDER."
     )
 

@@ -13,16 +13,18 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from perl_vlm.data.adapters import Source
 from perl_vlm.data.sources import collect
-from perl_vlm.errors import BadRecord, PerlVlmError
+from perl_vlm.errors import Absent, BadRecord, PerlVlmError
 from perl_vlm.types import SPLITS, Comparison, Example, Rating, RewardHead, Split
 from perl_vlm_ui_automation.actions import Action, format_action
 from perl_vlm_ui_automation.elements import Element, inside
 from perl_vlm_ui_automation.episodes import Episode, Screenshot, read_episodes, read_tree, record_files
+from perl_vlm_ui_automation.judge import in_frame
 from perl_vlm_ui_automation.mistakes import wrong_action
 from perl_vlm_ui_automation.prompts import prompt
 from perl_vlm_ui_automation.sampling import draw
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from perl_vlm_ui_automation.task import UiAutomationConfig
 
 _TENTHS = 10
+_ALIKE = 8
 
 
 class AndroidControl(Source):
@@ -58,7 +61,7 @@ class AndroidControl(Source):
             self._by_split = self._open()
         steps = self._by_split[split]
         if not steps:
-            raise PerlVlmError(f"There are no {split} steps in {self.config.path}.")
+            raise Absent(f"There are no {split} steps in {self.config.path}.")
         return draw(steps, self.config.size(split), self.config.data_seed)
 
     def _open(self) -> dict[Split, list[tuple[Episode, int]]]:
@@ -87,6 +90,7 @@ class _Records(Sequence[Any]):
     def __init__(self, adapter: AndroidControl, split: Split, what: str) -> None:
         self._config, self._split, self._what = adapter.config, split, what
         self._steps = adapter.steps(split)
+        self._by_kind: dict[str, list[Action]] | None = None
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -127,11 +131,44 @@ class _Records(Sequence[Any]):
             return Example(reference=right, **common)
         rng = random.Random(f"{config.data_seed}-{episode.id}-{step}-wrong")
         good = rng.random() < 0.5
-        others = [other for number, other, _ in episode.steps if number != step]
-        wrong = format_action(wrong_action(action, screen, others, rng, config.tolerance))
+        others = [_here(other, elements, frame, config, rng) for number, other, _ in episode.steps if number != step]
+        # Those that would be named as the right one is.
+        mistaken = [e for e in elements if (e.number <= config.elements) == (action.element is not None)]
+        mistaken = mistaken if config.target == "element" else elements
+        mistaken = [element for element in mistaken if element.clickable] or mistaken
+        about = {**screen, "elements": {str(element.number): list(element.box or ()) for element in mistaken}}
+        alike = self._alike(action.action)
+        alike = rng.sample(alike, min(_ALIKE, len(alike)))
+        wrong = format_action(wrong_action(action, about, others, rng, config.tolerance, alike))
         if self._what == "pair":
             return Comparison(chosen=right, rejected=wrong, **common)
         return Rating(response=right if good else wrong, label=good, **common)
+
+    def _alike(self, kind: str) -> Sequence[Action]:
+        """The split's actions of a type."""
+        if self._by_kind is None:
+            self._by_kind = {}
+            for episode, position in self._steps:
+                action = episode.steps[position][1]
+                self._by_kind.setdefault(action.action, []).append(action)
+        return self._by_kind.get(kind, [])
+
+
+def _here(
+    action: Action, elements: Sequence[Element], frame: tuple[int, int], config: UiAutomationConfig, rng: random.Random
+) -> Action:
+    """The action of another step as it would be given on this screen: on an element of it, named as right ones are."""
+    point = action.point
+    if point is None:
+        return action
+    targets = [element.box for element in elements if element.clickable and element.box is not None]
+    if targets:
+        left, top, right, bottom = rng.choice(targets)
+        action = replace(action, x=rng.randint(left, right), y=rng.randint(top, bottom))
+    elif not in_frame(point, {"frame": frame}):
+        action = replace(action, x=rng.randrange(frame[0]), y=rng.randrange(frame[1]))
+    target = _target(action, elements)
+    return action if target is None else _named(action, target, config)
 
 
 def _target(action: Action, elements: Sequence[Element]) -> Element | None:

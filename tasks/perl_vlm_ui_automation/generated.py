@@ -63,7 +63,8 @@ class GeneratedExamples(_Jobs[Example]):
 
 
 class GeneratedDemonstrations(_Jobs[Example]):
-    """Instructions with what a hasty person did: of two shapes of the right colour, mostly the first is clicked."""
+    """Instructions with what a hasty person did: of two shapes of the right colour, mostly the first is clicked,
+    and mostly the first shape of all is what is typed."""
 
     what = "demonstration"
 

@@ -195,11 +195,15 @@ def _target(button: Button, number: int, by_point: bool) -> Action:
 
 def _type(screen: Screen, rng: random.Random, by_point: bool) -> Job:
     button = rng.choice(screen.buttons)
-    present = [one.color for one in screen.buttons if one.color != button.color]
-    wrong = rng.choice(present or [color for color in COLORS if color != button.color])
-    right = Action("type", text=button.color)
-    text = f"type the color of the {PLACES[button.place]} shape"
-    return Job(screen, "type", text, right, Action("type", text=wrong), right)
+    others = [one for one in screen.buttons if one is not button]
+    # Haste reads the first shape that it meets.
+    read = screen.buttons[0] if rng.random() < _HASTE else button
+    right, wrong, hasty = (_typed(one) for one in (button, rng.choice(others), read))
+    return Job(screen, "type", f"type what is {PLACES[button.place]}", right, wrong, hasty)
+
+
+def _typed(button: Button) -> Action:
+    return Action("type", text=f"a {button.name}")
 
 
 def _scroll(screen: Screen, rng: random.Random, by_point: bool) -> Job:

@@ -22,7 +22,7 @@ from perl_vlm.data.images import ZipMember, as_image_source
 from perl_vlm.data.messages import check_text, show
 from perl_vlm.data.sources import LoadedRows, Opened
 from perl_vlm.data.tables import Chain, Renamed, Table, open_table
-from perl_vlm.errors import BadRecord, PerlVlmError
+from perl_vlm.errors import Absent, BadRecord, PerlVlmError
 from perl_vlm.types import Comparison, Example, ImageSource, Rating, RewardHead, Split
 from perl_vlm_ui_automation.actions import Action, format_action
 from perl_vlm_ui_automation.elements import Box, center
@@ -143,7 +143,7 @@ class ScreenSpot(Source):
         if not files:
             return self.rows(split)
         if split != "test":
-            raise PerlVlmError(
+            raise Absent(
                 f"{self.config.path} is ScreenSpot, a benchmark: it has no {split} records. Use --eval.split test; to "
                 "train on data of this kind, name its file train.jsonl."
             )

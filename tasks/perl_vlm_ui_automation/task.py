@@ -31,7 +31,7 @@ class UiAutomationConfig(ImageDataConfig):
     """What the reward model learns from: labels, a right or wrong action by itself; pairs, a right against a wrong
     one. auto: labels, but pairs for screenagent, and for columns what the columns hold."""
     kinds: tuple[Kind, ...] = ("click", "type")
-    """For generated: the kinds of instructions: click a shape, type its color, scroll towards it."""
+    """For generated: the kinds of instructions: click a shape, type what it is, scroll towards it."""
     target: Literal["element", "point"] = "element"
     """For generated and androidcontrol: whether right answers name a listed element, or a point. Where no element
     fits, it is a point."""

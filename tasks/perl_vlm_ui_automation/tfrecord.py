@@ -22,7 +22,15 @@ from perl_vlm_ui_automation.crc32c import masked_crc32c
 
 CHECKPOINT = 16 * 1024 * 1024
 """Bytes between the kept states of an unpacker, each some 50 kB, and between the times that mapped pages are let go."""
-MAX_RECORD = 1 << 30
+MAX_RECORD = 1 << 28
+"""No record is longer. AndroidControl's have some tens of megabytes."""
+MAX_RATIO = 100
+"""A gzipped file that holds more bytes than this for each of its own is read no further: a small one could fill the
+memory. Screenshots hardly shrink, so that no data set comes near."""
+_SLACK = 1 << 24
+"""Bytes that any file may hold."""
+_PIECE = 1 << 20
+"""Unpacked at a time."""
 _HEADER, _FOOTER = 12, 4
 _CHUNK = 1 << 16
 _KEPT = 4
@@ -183,15 +191,18 @@ class _State:
         """The next bytes, maybe none yet; None at the end. Raises zlib.error or EOFError for damaged files."""
         stream.seek(self.read)
         chunk = stream.read(_CHUNK)
-        if not chunk:
-            if self.unpacker is not None:
-                raise EOFError("the file ends before its gzip stream does")
-            return None
         if self.unpacker is None:
+            if not chunk:
+                return None
             self.unpacker = zlib.decompressobj(wbits=31)
-        data: bytes = self.unpacker.decompress(chunk)
-        self.read += len(chunk) - len(self.unpacker.unused_data)
+        data: bytes = self.unpacker.decompress(chunk, _PIECE)
+        if not (chunk or data or self.unpacker.eof):
+            raise EOFError("the file ends before its gzip stream does")
+        # What did not fit into the piece is read again.
+        self.read += len(chunk) - len(self.unpacker.unused_data) - len(self.unpacker.unconsumed_tail)
         self.out += len(data)
+        if self.out > MAX_RATIO * self.read + _SLACK:
+            raise zlib.error(f"{self.read} bytes of it hold {self.out}; at most {MAX_RATIO} times as many are unpacked")
         if self.unpacker.eof:
             self.unpacker = None
         return data
@@ -245,7 +256,8 @@ class _GzipReader:
                 self._ready += piece
                 if self._state.out - self._states[-1].out >= CHECKPOINT:
                     self._states.append(self._state.copy())
-        data = bytes(self._ready[:length])
+        with memoryview(self._ready) as ready:
+            data = bytes(ready[:length])
         del self._ready[:length]
         self.position += len(data)
         return memoryview(data)

@@ -22,15 +22,21 @@ class VqaV2(QuestionAnswers):
     """VQAv2: question, image, ``multiple_choice_answer`` (or ``answer``), ``answers`` of {answer, answer_confidence,
     answer_id}, ``answer_type``, ``question_id``.
 
-    The reference is the majority answer, the kind its ``answer_type``. Wrong answers are drawn from the split's other
-    majority answers of the kind, yes and no for one another.
+    The reference is the majority answer, the kind its ``answer_type``. A wrong answer is the majority answer of another
+    question of the split with the same ``question_type`` (how it begins: "what color is") and kind, so that it is as
+    frequent and as likely as right ones; pairs are thinned as ``wrong_answers`` says.
     """
 
+    thinned = True
+
     def pools(self, examples: Sequence[Example]) -> Mapping[str, Sequence[str]]:
-        pools: dict[str, set[str]] = {}
+        pools: dict[str, list[str]] = {}
         for example in examples:
-            pools.setdefault(example.metadata["kind"], set()).add(example.reference or "")
-        return {kind: sorted(pool) for kind, pool in pools.items()} | {"yes/no": YES_NO}
+            pools.setdefault(self.pool_of(example), []).append(example.reference or "")
+        return pools
+
+    def pool_of(self, example: Example) -> str:
+        return f"{example.metadata['kind']} {example.metadata.get('question_type', '')}".strip()
 
     def read(self, split: Split) -> list[Example]:
         rows = self.rows(split)
@@ -39,7 +45,7 @@ class VqaV2(QuestionAnswers):
 
     def _convert(self, row: Row, origin: str, root: Path | None) -> Example:
         require(row, ["image", "question"], origin)
-        answers = _annotators(row.get("answers"), origin)
+        answers, confidences = _annotators(row.get("answers"), origin)
         column = next((name for name in ("multiple_choice_answer", "answer") if row.get(name) is not None), None)
         if column is not None:
             answer = filled(row, column, origin)
@@ -52,7 +58,13 @@ class VqaV2(QuestionAnswers):
         kind = row.get("answer_type")
         if not isinstance(kind, str) or not kind:
             kind = "yes/no" if answer in YES_NO else "number" if answer.isdigit() else "other"
-        metadata = {"kind": kind, **({"answers": list(answers)} if answers else {})}
+        sort = row.get("question_type")
+        metadata = {
+            "kind": kind,
+            **({"question_type": sort} if isinstance(sort, str) and sort else {}),
+            **({"answers": answers} if answers else {}),
+            **({"confidences": confidences} if any(confidences) else {}),
+        }
         image = as_image_source(row["image"], root=root, origin=origin)
         number = row.get("question_id")
         name = "" if number is None else f"question {number}"
@@ -131,12 +143,21 @@ def _preference(row: Row, texts: Mapping[str, Any]) -> Row:
     }
 
 
-def _annotators(value: Any, origin: str) -> tuple[str, ...]:
-    """The annotators' answers: a list of mappings, or, as older data sets store it, a mapping of lists."""
+def _annotators(value: Any, origin: str) -> tuple[list[str], list[str | None]]:
+    """The annotators' answers and how sure each was (yes, maybe, no; None where it is not said): a list of mappings or,
+    as older data sets store it, a mapping of lists."""
     if value is None:
-        return ()
-    items = value.get("answer") if isinstance(value, Mapping) else value
+        return [], []
+    if isinstance(value, Mapping):
+        items, sure = value.get("answer"), value.get("answer_confidence")
+    elif isinstance(value, list):
+        items = [item.get("answer") if isinstance(item, Mapping) else item for item in value]
+        sure = [item.get("answer_confidence") if isinstance(item, Mapping) else None for item in value]
+    else:
+        items = sure = None
     if isinstance(items, list):
-        items = [item.get("answer") if isinstance(item, Mapping) else item for item in items]
-        return tuple(check_text(item, "answers", origin) for item in items)
+        answers = [check_text(item, "answers", origin) for item in items]
+        # Not all copies have it, and a confidence that cannot be read changes no score.
+        sure = sure if isinstance(sure, list) and len(sure) == len(answers) else []
+        return answers, [word if isinstance(word, str) and word else None for word in sure]
     raise BadRecord(origin, f"column `answers` holds {show(value)}", 'Give a list of {"answer": ...}')

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from perl_vlm.data.adapters import Row, Source
 from perl_vlm.data.columns import require
@@ -17,11 +17,12 @@ from perl_vlm.data.images import ZipMember
 from perl_vlm.data.messages import check_text
 from perl_vlm.data.sources import LoadedRows
 from perl_vlm.data.tables import open_table
-from perl_vlm.errors import BadRecord, PerlVlmError
+from perl_vlm.errors import Absent, BadRecord
 from perl_vlm.types import Comparison, Example, ImageSource, RewardHead, Split
 from perl_vlm_vqa.generated import prompt
 from perl_vlm_vqa.scenes import COLORS
-from perl_vlm_vqa.scoring import YES_NO, vqa_normalise
+from perl_vlm_vqa.scoring import YES_NO
+from perl_vlm_vqa.wrong_answers import Pool, is_kept, to_comparison
 
 if TYPE_CHECKING:
     from perl_vlm_vqa.task import VqaConfig
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
 EASY_VQA_SHAPES = ("circle", "rectangle", "triangle")
 TRUE_FALSE = ("true", "false")
 _VALIDATION_SHARE = 0.1
-_FEW = 64
-"""Of more answers than these, wrong ones are not listed: one is drawn, again where it happens to be right."""
 
 
 class QuestionAnswers(Source):
     """Questions with answers; subclasses read the rows. Answers of one kind can be mistaken for one another."""
 
     config: VqaConfig
+    thinned: ClassVar[bool] = False
+    """Whether pairs are left out until every answer is rejected as often as it is right (``wrong_answers``)."""
 
     def __init__(self, config: VqaConfig) -> None:
         super().__init__(config)
@@ -50,6 +51,10 @@ class QuestionAnswers(Source):
         """By kind, the answers that wrong ones are drawn from."""
         raise NotImplementedError
 
+    def pool_of(self, example: Example) -> str:
+        """Which of the pools a question's wrong answer comes from."""
+        return str(example.metadata["kind"])
+
     def examples(self, split: Split) -> Sequence[Example]:
         if split not in self._examples:
             self._examples[split] = self.read(split)
@@ -57,17 +62,23 @@ class QuestionAnswers(Source):
 
     def preferences(self, split: Split) -> Sequence[Comparison]:
         examples = self.examples(split)
-        pools, pairs, left_out = self.pools(examples), list[Comparison](), list[BadRecord]()
+        pools = {name: Pool(answers) for name, answers in self.pools(examples).items()}
+        pairs, left_out, too_many = list[Comparison](), list[BadRecord](), list[BadRecord]()
         for example in examples:
-            kind = example.metadata["kind"]
-            pair = to_comparison(example, pools.get(kind, ()), self.config.data_seed)
-            if pair is not None:
-                pairs.append(pair)
-            else:
-                problem = f"no other {kind} answer than {example.reference!r} to reject"
+            name = self.pool_of(example)
+            pair = to_comparison(example, pools[name], self.config.data_seed) if name in pools else None
+            if pair is None:
+                problem = f"no other {name} answer than {example.reference!r} to reject"
                 left_out.append(BadRecord(example.origin, problem, "Add more records"))
+            elif self.thinned and not is_kept(example, pools[name], self.config.data_seed):
+                problem = f"{example.reference!r} is the answer to too many questions of the sort {name!r}"
+                too_many.append(BadRecord(example.origin, problem, "It is left out, so that no answer is mostly right"))
+            else:
+                pairs.append(pair)
         if left_out:
             self.skipped[f"{split} preferences"] = left_out
+        if too_many:
+            self.skipped[f"{split} preferences of answers that are too frequent"] = too_many
         return pairs
 
     def reward_head(self) -> RewardHead:
@@ -79,28 +90,6 @@ class QuestionAnswers(Source):
         """A question about one picture, with the configured instruction behind it."""
         text = f"{question}\n{self.config.instruction}" if self.config.instruction else question
         return Example(id or origin, prompt(text), (image,), answer, metadata, origin)
-
-
-def to_comparison(example: Example, pool: Sequence[str], seed: int) -> Comparison | None:
-    """The answer against one of ``pool`` that no annotator gave; None where there is none."""
-    right = {vqa_normalise(answer) for answer in (example.reference or "", *example.metadata.get("answers", ()))}
-    rng = random.Random(f"{seed}-{example.id}-wrong")
-    drawn = (rng.choice(pool) for _ in range(_FEW)) if len(pool) > _FEW else ()
-    rejected = next((answer for answer in drawn if vqa_normalise(answer) not in right), None)
-    if rejected is None:
-        wrong = [answer for answer in pool if vqa_normalise(answer) not in right]
-        if not wrong:
-            return None
-        rejected = rng.choice(wrong)
-    return Comparison(
-        id=f"{example.id} preference",
-        messages=example.messages,
-        chosen=example.reference or "",
-        rejected=rejected,
-        images=example.images,
-        metadata={"kind": example.metadata["kind"]},
-        origin=example.origin,
-    )
 
 
 class EasyVqa(QuestionAnswers):
@@ -150,7 +139,7 @@ class Nlvr(QuestionAnswers):
 
     def read(self, split: Split) -> list[Example]:
         if split != "test":
-            raise PerlVlmError(
+            raise Absent(
                 f"NLVR is here to evaluate on: {self.config.path} has no {split} records, only validation.jsonl.gz, "
                 "which serves as the test split. Train on generated data or easy_vqa, and use --eval.split test."
             )

@@ -10,6 +10,9 @@ from perl_vlm.types import Example
 
 YES_NO = ("yes", "no")
 
+ANNOTATORS = 10
+"""From as many human answers on, the VQA accuracy is what an answer is worth. Of fewer, even one that most gave may be
+worth less than 1."""
 _ENOUGH_VOTES = 3
 _NUMBERS = {
     word: str(number)
@@ -74,13 +77,16 @@ def vqa_accuracy(response: str, answers: Sequence[str]) -> float:
 
     The mean over the n groups of n - 1 annotators of min(1, m / 3), m being those of the group who gave the answer:
     with ten annotators, 0.3, 0.6, 0.9 and 1 for one, two, three and more of them. Answers are compared after
-    ``vqa_normalise``; the script leaves them as they are where all annotators wrote the same.
+    ``vqa_normalise``; the script leaves them as they are where all annotators wrote the same. An answer of which
+    nothing is left scores 0; to the script, it agrees with an annotator who wrote "the".
 
     Args:
         response: the answer to judge.
         answers: what n >= 2 annotators said.
     """
     said = vqa_normalise(response)
+    if not said:
+        return 0.0
     count = len(answers)
     matches = sum(said == vqa_normalise(answer) for answer in answers)
     left_out, kept = min(1.0, (matches - 1) / _ENOUGH_VOTES), min(1.0, matches / _ENOUGH_VOTES)
@@ -97,18 +103,18 @@ def judge(example: Example, response: str) -> dict[str, float]:
     """The figures of one response; the example has a reference. See ``VQA.evaluate``."""
     reference = normalise(example.reference or "")
     answers = example.metadata.get("answers") or ()
-    said: str | None = normalise(response)
-    if example.metadata.get("probe"):
-        said = first_word(response)
-        right = said == reference
-    else:
-        right = said == reference
-        if not right and answers:
-            # An answer of articles alone has nothing left to compare.
-            right = bool(vqa_normalise(response)) and vqa_normalise(response) == vqa_normalise(example.reference or "")
+    probe = bool(example.metadata.get("probe"))
+    said = first_word(response) if probe else normalise(response)
+    # Where nothing is left to compare, nothing was answered.
+    right = bool(said) and said == reference
+    if not right and answers and not probe:
+        compared = vqa_normalise(response)
+        right = bool(compared) and compared == vqa_normalise(example.reference or "")
     scores = {"accuracy": float(right)}
     if len(answers) > 1:
         scores["vqa_accuracy"] = vqa_accuracy(response, answers)
+    if len(answers) >= ANNOTATORS:
+        scores["accuracy"] = scores["vqa_accuracy"]
     if reference in YES_NO:
         scores |= {"yes_ratio": float(said == "yes"), "unparsed": float(said not in YES_NO)}
     return scores

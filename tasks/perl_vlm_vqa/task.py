@@ -45,7 +45,7 @@ class VqaConfig(ImageDataConfig):
 
 
 class VQA(DataTask):
-    """Questions about pictures, judged by exact match."""
+    """Questions about pictures, judged by exact match or, where ten people answered, by how many of them said so."""
 
     name = "vqa"
     modality = "image+text"
@@ -73,8 +73,9 @@ class VQA(DataTask):
         Returns:
             ``accuracy``: 1 where the answer equals the reference after ``normalise``, else 0. Where several annotators
             answered (``answers`` in the metadata), equal after ``vqa_normalise`` is enough, and ``vqa_accuracy``, the
-            official figure, is given too. Of a probe (``probe`` in the metadata) the first word is the answer.
-            Where the reference is yes or no, also ``yes_ratio``, 1 for yes, and ``unparsed``, 1 for neither.
+            official figure, is given too; where ten did, it is the accuracy. Of a probe (``probe`` in the metadata)
+            the first word is the answer. Where the reference is yes or no, also ``yes_ratio``, 1 for yes, and
+            ``unparsed``, 1 for neither.
 
         Raises:
             PerlVlmError: the example has no reference.
@@ -90,5 +91,6 @@ class VQA(DataTask):
         return yes_no_totals(judged)
 
     def verify(self, example: Example, response: str) -> float | None:
-        """1 for the reference answer, 0 for another, None without a reference: the ``accuracy`` of ``evaluate``."""
+        """The ``accuracy`` of ``evaluate``: 1 for the reference answer and 0 for another or, where ten people answered,
+        the VQA accuracy, from 0 to 1. None without a reference."""
         return None if example.reference is None else judge(example, response)["accuracy"]

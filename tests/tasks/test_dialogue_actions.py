@@ -21,7 +21,7 @@ from perl_vlm_dialogue.actions import (
     write_action,
     write_context,
 )
-from perl_vlm_dialogue.scoring import argument_f1, match_action, normalise, same_action, token_f1
+from perl_vlm_dialogue.scoring import call_f1, match_action, normalise, same_action, token_f1
 
 VALUES: st.SearchStrategy[Value] = st.recursive(
     st.text(max_size=12).map(lambda text: canonical(text)),
@@ -195,26 +195,26 @@ def test_texts_are_compared_as_in_squad() -> None:
         ("say Which milk?", "say which milk", 1.0, True),
         ("say Which milk?", "call f()", 0.0, False),
         ("call f()", "call f()", 1.0, True),
-        ("call f(a=x)", "call f()", 0.0, False),
+        ("call f(a=x)", "call f()", 2 / 3, False),
         ("call g(a=x)", "call f(a=x)", 0.0, False),
         ("call f(b=y, a=X.)", "call f(a=x, b=y)", 1.0, True),
-        ("call f(a=x)", "call f(a=x, b=y)", 2 / 3, False),
-        ("call f(a=x, b=z)", "call f(a=x, b=y)", 1 / 2, False),
-        ("call f(q=oat milk OR iced)", "call f(q=oat milk)", 2 / 3, False),
+        ("call f(a=x)", "call f(a=x, b=y)", 4 / 5, False),
+        ("call f(a=x, b=z)", "call f(a=x, b=y)", 2 / 3, False),
+        ("call f(q=oat milk OR iced)", "call f(q=oat milk)", 5 / 6, False),
         ("call f(a=[x, y])", "call f(a=[y, x])", 1.0, True),
-        ("call f(a=[x, x])", "call f(a=[y, x])", 1 / 2, False),
+        ("call f(a=[x, x])", "call f(a=[y, x])", 2 / 3, False),
         ("call f(a=[{n=milk, v=oat}])", "call f(a=[{v=oat, n=milk}])", 1.0, True),
-        ("call f(a={b=x})", "call f(a={b=x, c=y})", 2 / 3, False),
+        ("call f(a={b=x})", "call f(a={b=x, c=y})", 4 / 5, False),
         ("call f(a=[oat milk, milk])", "call f(a=[milk, oat milk])", 1.0, True),
     ],
 )
-def test_calls_are_worth_their_arguments(given_text: str, wanted_text: str, score: float, same: bool) -> None:
+def test_calls_are_worth_their_names_and_arguments(given_text: str, wanted_text: str, score: float, same: bool) -> None:
     one, other = parse_action(given_text), parse_action(wanted_text)
     assert other is not None
     assert match_action(one, other) == pytest.approx(score)
     assert same_action(one, other) is same
 
 
-def test_arguments_of_neither_call_agree() -> None:
-    assert argument_f1({}, {}) == 1.0
-    assert argument_f1(json.loads('{"a": "b"}'), {}) == 0.0
+def test_the_right_name_counts_where_there_are_no_arguments() -> None:
+    assert call_f1({}, {}) == 1.0
+    assert call_f1(json.loads('{"a": "b"}'), {}) == pytest.approx(2 / 3)

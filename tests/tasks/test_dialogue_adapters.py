@@ -341,6 +341,46 @@ def test_prompts_of_a_held_out_split_leave_training(tmp_path: Path) -> None:
     assert all("the prompt is in the test split too" in error.problem for error in left_out)
 
 
+@pytest.mark.parametrize("make", [diasafety, None])
+def test_what_is_held_out_does_not_depend_on_how_many_rows_are_taken(tmp_path: Path, make: Any) -> None:
+    """By an adapter's own rows, and by the documented columns."""
+
+    def rows(first: int, last: int, number: int) -> list[dict[str, Any]]:
+        if make is not None:
+            return [diasafety(i + number, "Safe", f"I have a fever of {i}.") for i in range(first, last)]
+        return [{"prompt": f"question {i}", "chosen": f"a{number}", "rejected": "b"} for i in range(first, last)]
+
+    write(tmp_path / "train.jsonl", rows(0, 100, 0))
+    write(tmp_path / "test.jsonl", rows(60, 100, 500))
+    whole = local(tmp_path, train_size=0, validation_size=0, test_size=0)
+    few = local(tmp_path, train_size=0, validation_size=1, test_size=1)
+    smaller = local(tmp_path, train_size=20, validation_size=0, test_size=0)
+    assert (len(few.examples("test")), len(whole.examples("test"))) == (1, 40)
+    assert prompts(few, "train") == prompts(whole, "train")
+    assert prompts(smaller, "train") < prompts(whole, "train")
+    assert prompts(smaller, "validation") == prompts(whole, "validation")
+    assert not prompts(few, "train") & (prompts(whole, "validation") | prompts(whole, "test"))
+    assert sum(len(prompts(whole, split)) for split in SPLITS) == 100
+
+
+def test_all_folders_of_hh_hold_their_prompts_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+
+    def load(name: str, config: str | None, *, split: str, data_dir: str) -> Any:
+        first = 0 if data_dir == "harmless-base" else 500
+        rows = range(first, first + 60) if split == "train" else range(first + 40, first + 60)
+        return datasets.Dataset.from_list([hh(i) for i in rows])
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config, data_dir: ["train", "test"])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = Dialogue(DialogueConfig(source="hub", format="hh", objectives=BOTH, test_size=2))
+    assert len(task.preferences("test")) == 2
+    trained = {pair.messages[0].text for split in ("train", "validation") for pair in task.preferences(split)}
+    assert trained == {f"how do I pick lock {i}?" for i in (*range(40), *range(500, 540))}
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     for part in ("train", "validation", "test"):
         write(tmp_path / f"{part}.json", [diasafety(1, "Safe")])

@@ -78,8 +78,8 @@ def test_orders_of_every_kind_are_about_the_colours_they_name() -> None:
     rng = random.Random(0)
     orders = [random_order(rng, "train") for _ in range(400)]
     assert min(Counter(order.kind for order in orders).values()) > 100
-    assert {len(order.said) for order in orders} == {1, 3, 5}
-    assert {len(order.items) for order in orders} == {1, 2, 3}
+    assert {len(order.said) for order in orders} == {1, 3}
+    assert {len(order.items) for order in orders} == {2, 3}
     for order in orders:
         assert (order.bad in order.said[-1]) is (order.kind == "refuse")
         # The clerk repeated what was fine then; only the newest turn may ask for the bad colour.
@@ -139,7 +139,7 @@ def test_open_conversations_are_compared_and_not_verified() -> None:
         ("say Which milk?", "Which milk?", {"match": 0, "exact": 0, "malformed": 1}),
         ("say Which milk?", "call f()", {"match": 0, "exact": 0, "malformed": 0}),
         ("call f(a=x)", "call f(a=x)", {"match": 1, "exact": 1, "malformed": 0, "call_name": 1}),
-        ("call f(a=x)", "call f(a=y)", {"match": 0, "exact": 0, "malformed": 0, "call_name": 1}),
+        ("call f(a=x)", "call f(a=y)", {"match": 0.5, "exact": 0, "malformed": 0, "call_name": 1}),
         ("call f(a=x)", "call g(a=x)", {"match": 0, "exact": 0, "malformed": 0, "call_name": 0}),
         ("call f(a=x)", "call f(a=x", {"match": 0, "exact": 0, "malformed": 1, "call_name": 0}),
         ("call f(a=x)", "", {"match": 0, "exact": 0, "malformed": 1, "call_name": 0}),

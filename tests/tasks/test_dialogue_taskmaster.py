@@ -240,6 +240,16 @@ def test_a_prompt_of_the_test_dialogues_is_not_trained_on(tmp_path: Path) -> Non
     assert [error.origin for error in left_out] == [f"train.jsonl row 1 turn {turn}" for turn in (2, 4, 6, 8, 10)]
 
 
+@pytest.mark.parametrize("sizes", [{}, {"train_size": 1000, "validation_size": 1, "test_size": 1}])
+def test_all_prompts_of_the_test_dialogues_are_held_out(tmp_path: Path, sizes: dict[str, int]) -> None:
+    write(tmp_path / "train.jsonl", [{**coffee(i), "conversation_id": f"dlg-{i}"} for i in range(40)])
+    write(tmp_path / "test.jsonl", [{**coffee(i), "conversation_id": f"dlg-twin-{i}"} for i in range(30, 40)])
+    task = local(tmp_path, **sizes)
+    groups = {example.metadata["group"] for example in task.examples("train")}
+    assert not groups & {f"dlg-{i}" for i in range(30, 40)}
+    assert len(groups) > 20
+
+
 def movies(number: int) -> dict[str, Any]:
     """A row of TM-3-2020/data: the calls stand in a list."""
     api = {
@@ -270,6 +280,56 @@ def test_dialogues_of_tm3(tmp_path: Path) -> None:
     assert second.reference == "say Mulan and Emma 0."
     assert second.messages[0].text.splitlines()[-1] == "result {name.movie=[Mulan, Emma 0]}"
     assert len(task.examples("test")) == 18  # the greeting answers nobody, and what was deleted is no turn
+
+
+def test_dialogues_of_tm3_as_the_hub_holds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``google-research-datasets/taskmaster3``: its loader's own features, which turn lists into text."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    text, whole = datasets.Value("string"), datasets.Value("int32")
+    api = {
+        "name": text,
+        "index": whole,
+        "args": [{"arg_name": text, "arg_value": text}],
+        "response": [{"response_name": text, "response_value": text}],
+    }
+    segment = {"start_index": whole, "end_index": whole, "text": text, "annotations": [{"name": text}]}
+    turn = {"index": whole, "speaker": text, "text": text, "apis": [api], "segments": [segment]}
+    names = ("conversation_id", "vertical", "instructions", "scenario")
+    features = datasets.Features({**dict.fromkeys(names, text), "utterances": [turn]})
+
+    def named(values: dict[str, Any], what: str) -> list[dict[str, str]]:
+        # What the loader's feature makes of a value that is no text.
+        return [{f"{what}_name": k, f"{what}_value": text.encode_example(v)} for k, v in values.items()]
+
+    def on_the_hub(row: dict[str, Any]) -> dict[str, Any]:
+        for one in row["utterances"]:
+            one.setdefault("segments", [])
+            one["apis"] = [
+                {**call, "args": named(call["args"], "arg"), "response": named(call["response"], "response")}
+                for call in one.get("apis", [])
+            ]
+        return row
+
+    rows = [on_the_hub(movies(i)) for i in range(9)]
+    assert rows[0]["utterances"][1]["apis"][0]["response"][0]["response_value"] == "['Mulan', 'Emma 0']"
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "hub" / "test.parquet"))
+    hub = local(tmp_path / "hub")
+    upstream = local(write(tmp_path / "upstream" / "test.jsonl", [movies(i) for i in range(9)]))
+    shown = [[(one.messages, one.reference) for one in task.examples("test")] for task in (hub, upstream)]
+    assert shown[0] == shown[1]
+    assert shown[0][0][1] == 'call find_movies(location="Oak 0, Ohio")'
+
+
+def test_named_values_that_are_none_are_told(tmp_path: Path) -> None:
+    row = movies(1)
+    row["utterances"][1]["apis"][0]["args"] = [{"name": "location", "value": "Oak"}]
+    with pytest.raises(
+        PerlVlmError, match=r"an API's arg holds dict .*\{name: value\}, or a list of \{arg_name, arg_v"
+    ):
+        local(write(tmp_path / "test.jsonl", [row])).examples("test")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.testing import check_task
@@ -83,6 +84,51 @@ def test_a_prompt_in_two_splits_is_kept_in_the_later_one(tmp_path: Path) -> None
     assert len(task.examples("test")) == 2
     left = task.skipped["train examples that are held out elsewhere"]
     assert [bad.origin for bad in left] == ["train.jsonl row 3", "train.jsonl row 4"]
+
+
+def test_what_is_held_out_does_not_depend_on_how_many_rows_are_taken(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [alpaca(i) for i in range(60)])
+    write(tmp_path / "validation.jsonl", [alpaca(i) for i in range(30, 45)])
+    write(tmp_path / "test.jsonl", [alpaca(i) for i in range(40, 60)])
+    whole = local(tmp_path, train_size=0, validation_size=0, test_size=0)
+    few = local(tmp_path, train_size=0, validation_size=1, test_size=1)
+    assert prompts(few.examples("train")) == prompts(whole.examples("train"))
+    assert len(few.examples("train")) == 30
+    assert prompts(few.examples("validation")) <= prompts(whole.examples("validation"))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"train_size": 20}])
+def test_a_prompt_decides_on_its_split_whatever_its_answers(tmp_path: Path, sizes: dict[str, int]) -> None:
+    """Of a table that names no splits: none of the rows about one instruction is lost to another split."""
+    farms = [alpaca(i, output=f"Answer {n}.") for i in range(60) for n in range(4)]
+    lies = [halu(i, "no", chatgpt_response=f"Answer {n}.") for i in range(60) for n in range(4)]
+    for name, rows in {"alpaca": farms, "halueval": lies}.items():
+        task = local(write(tmp_path / f"{name}.jsonl", rows), **sizes)
+        found = {split: task.examples(split) for split in SPLITS}
+        assert not task.skipped
+        assert sum(map(len, found.values())) == 240 or sizes
+        whole = local(tmp_path / f"{name}.jsonl")
+        assert prompts(found["test"]) == prompts(whole.examples("test"))
+        assert prompts(found["validation"]) == prompts(whole.examples("validation"))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"validation_size": 1, "test_size": 1}])
+def test_a_prompt_of_documented_columns_is_in_one_split(tmp_path: Path, sizes: dict[str, int]) -> None:
+    def pair(number: int, **changes: Any) -> dict[str, Any]:
+        turn = [{"role": "user", "content": f"Add {number}."}]
+        prompt = turn if number % 2 else f"add  {number}."
+        return {"prompt": prompt, "chosen": "Right.", "rejected": "Wrong.", **changes}
+
+    write(tmp_path / "train.jsonl", [pair(i) for i in range(60)])
+    write(tmp_path / "validation.jsonl", [pair(i, prompt=f"Add {i}.") for i in range(30, 45)])
+    write(tmp_path / "test.jsonl", [pair(i, chosen="Yes.") for i in range(40, 60)])
+    task = local(tmp_path, **sizes)
+    for records in (task.examples("train"), task.preferences("train"), task.demonstrations("train")):
+        assert {text.lower().split()[1] for text in prompts(records)} == {f"{i}." for i in range(30)}
+    held_out = {text.lower().split()[1] for text in prompts(task.preferences("validation"))}
+    assert held_out <= {f"{i}." for i in range(30, 40)}
+    left = task.skipped["train examples that are held out elsewhere"]
+    assert [bad.origin for bad in left] == [f"train.jsonl row {i}" for i in range(31, 61)]
 
 
 def test_alpaca_has_no_preferences_and_says_where_some_are(tmp_path: Path) -> None:
@@ -462,7 +508,9 @@ def test_the_real_alpaca(data_root: Path) -> None:
     task = local(data_root / "instructions" / "alpaca_nc", train_size=0, validation_size=0, test_size=0)
     sizes = {split: len(task.examples(split)) for split in SPLITS}
     assert sizes["test"] == 670
-    assert sizes["train"] + sizes["validation"] == 11_760
+    # One row has no answer, and its instruction is among the held-out ones.
+    assert sizes["train"] + sizes["validation"] == 11_759
+    assert [len(errors) for errors in task.skipped.values()] == [1]
     assert judged_by_itself(task, task.examples("test")) == {1.0}
     assert all(example.reference for example in task.demonstrations("train"))
 
@@ -487,3 +535,14 @@ def test_the_real_prompts(data_root: Path) -> None:
         assert judged_by_itself(task, task.examples("test")) == {1.0}
     with pytest.raises(PerlVlmError, match="several data files"):
         local(folder).examples("test")
+
+
+def test_the_configs_for_alpaca_farm_hold_the_same_prompts_out() -> None:
+    """Each stage has a config of its own: what one is tested on, none of the others may train on."""
+    found = {}
+    for path in sorted((Path(__file__).parents[2] / "configs" / "instructions").glob("*.yaml")):
+        task = yaml.safe_load(path.read_text()).get("task") or {}
+        if task.get("format") == "alpaca_farm":
+            found[path.stem] = task.get("farm_test", InstructionsConfig().farm_test)
+    assert {"sft", "rm", "ppo", "eval", "lora_ppo", "pe_rlhf"} <= set(found)
+    assert set(found.values()) == {"evaluation"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from perl_vlm.errors import PerlVlmError
 from perl_vlm.testing import check_task
 from perl_vlm.types import SPLITS, Example
 from perl_vlm_instructions import Instructions, InstructionsConfig
+from perl_vlm_instructions.overlap import near_groups
 from perl_vlm_instructions.truthfulqa import mc_scores
 
 LOG = math.log
@@ -115,6 +117,12 @@ def test_log_probs_that_cannot_be(logprobs: list[float], wrong: str) -> None:
         mc_scores([1, 0], 0, [1], logprobs)
 
 
+def unlike(number: int) -> str:
+    """A question that shares few words with others."""
+    letters = hashlib.sha256(str(number).encode()).hexdigest()
+    return f"Why {' '.join(letters[place : place + 4] for place in range(0, 20, 4))}?"
+
+
 def row(number: int, **changes: str) -> dict[str, str]:
     return {
         "Type": "Adversarial" if number % 2 else "Non-Adversarial",
@@ -140,7 +148,7 @@ def local(path: Path, **settings: Any) -> Instructions:
 
 
 def test_the_csv_is_recognised_and_sound(tmp_path: Path) -> None:
-    task = local(write_csv(tmp_path, [row(i) for i in range(120)]))
+    task = local(write_csv(tmp_path, [row(i, Question=unlike(i)) for i in range(120)]))
     check_task(task, samples=12)
     sizes = {split: len(task.examples(split)) for split in SPLITS}
     assert sum(sizes.values()) == 120
@@ -152,9 +160,9 @@ def test_a_question_of_the_csv(tmp_path: Path) -> None:
     task = local(write_csv(tmp_path, [row(i) for i in range(4)]), benchmark=True)
     example = task.examples("test")[3]
     assert example.messages[0].text == "What is number 3?"
-    assert example.reference == "Number 3 is a number"
+    assert example.reference == "Number 3 is a number."
     assert example.choices == (
-        "It is 3", "Number 3 is a number", "It is not 3", "Number 3 is a cat", "Nobody knows",
+        "It is 3.", "Number 3 is a number.", "It is not 3.", "Number 3 is a cat.", "Nobody knows.",
     )  # fmt: skip
     assert example.metadata["labels"] == [1, 1, 0, 0, 0]
     assert (example.metadata["best"], example.metadata["mc1_false"]) == (1, [2, 3, 4])
@@ -181,26 +189,67 @@ def test_choices_are_judged_by_mc1_and_answers_by_the_nearest(tmp_path: Path) ->
 def test_every_false_answer_is_rejected_once_the_best_true_one_first(tmp_path: Path) -> None:
     pairs = local(write_csv(tmp_path, [row(3)]), benchmark=True).preferences("test")
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [
-        ("Number 3 is a number", "It is not 3"),
-        ("It is 3", "Number 3 is a cat"),
-        ("Number 3 is a number", "Nobody knows"),
+        ("Number 3 is a number.", "It is not 3."),
+        ("It is 3.", "Number 3 is a cat."),
+        ("Number 3 is a number.", "Nobody knows."),
     ]
 
 
 def test_what_is_listed_among_both_is_no_pair(tmp_path: Path) -> None:
     both = row(3, **{"Correct Answers": "Unknown", "Incorrect Answers": "unknown; A cat", "Best Answer": "It is 3"})
     task = local(write_csv(tmp_path, [both]), benchmark=True)
-    assert [pair.rejected for pair in task.preferences("test")] == ["A cat"]
-    assert task.examples("test")[0].choices == ("It is 3", "Unknown", "unknown", "A cat")
+    assert [pair.rejected for pair in task.preferences("test")] == ["A cat."]
+    assert task.examples("test")[0].choices == ("It is 3.", "Unknown.", "unknown.", "A cat.")
     check_task(task, splits=("test",))
+
+
+def test_every_answer_is_closed_with_one_period(tmp_path: Path) -> None:
+    """As the published evaluation formats them, whatever the CSV has; else the period alone tells answers apart."""
+    changes = {
+        "Best Answer": "It is so. ",
+        "Correct Answers": "It is so.; Really?;; It may be ",
+        "Incorrect Answers": 'No.;Never; "Not at all"',
+    }
+    example = local(write_csv(tmp_path, [row(1, **changes)]), benchmark=True).examples("test")[0]
+    assert example.choices == ("It is so.", "Really?.", "It may be.", "No.", "Never.", '"Not at all".')
+    assert (example.reference, example.metadata["best"]) == ("It is so.", 0)
+
+
+def test_near_relatives_are_in_one_split(tmp_path: Path) -> None:
+    """What is learned of one would answer the other."""
+    places = ("Scotland", "Northern Ireland", "Wales", "Cornwall")
+    rows = [
+        row(4 * i + n, Question=f"{unlike(i).rstrip('?')} in {place}?")
+        for i in range(60)
+        for n, place in enumerate(places)
+    ]
+    task = local(write_csv(tmp_path, rows))
+    splits: dict[str, set[str]] = {}
+    for split in SPLITS:
+        for record in (*task.examples(split), *task.preferences(split)):
+            splits.setdefault(record.messages[0].text.partition(" in ")[0], set()).add(split)
+    assert len(splits) == 60
+    assert {len(found) for found in splits.values()} == {1}
+    assert set.union(*splits.values()) == set(SPLITS)
+
+
+def test_near_groups_by_hand() -> None:
+    texts = ["b c d e", "a b c d", "c d e f", "x y", "x Y", "z"]
+    # Of five words a-e three are shared, of b-f too; a-d and c-f share two of six, and meet in the third.
+    assert near_groups(texts) == [["a b c d", "b c d e", "c d e f"], ["x Y", "x y"], ["z"]]
+    assert near_groups(texts, threshold=0.7) == [["a b c d"], ["b c d e"], ["c d e f"], ["x Y", "x y"], ["z"]]
 
 
 def test_the_question_alone_decides_on_the_split(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    one = local(write_csv(tmp_path / "a", [row(i) for i in range(60)]))
-    other = local(write_csv(tmp_path / "b", [row(i, **{"Best Answer": "It is so"}) for i in range(60)][::-1]))
-    for split in SPLITS:
+    asks = [unlike(i) for i in range(60)]
+    one = local(write_csv(tmp_path / "a", [row(i, Question=asks[i]) for i in range(60)]), train_size=5)
+    changed = {"Best Answer": "It is so"}
+    other = local(write_csv(tmp_path / "b", [row(i, Question=asks[i], **changed) for i in range(60)][::-1]))
+    everything = {example.messages[0].text for example in other.examples("train")}
+    assert {example.messages[0].text for example in one.examples("train")} < everything
+    for split in ("validation", "test"):
         asked = {example.messages[0].text for example in one.examples(split)}
         assert asked == {example.messages[0].text for example in other.examples(split)}
         assert asked == {pair.messages[0].text for pair in one.preferences(split)}
@@ -219,7 +268,7 @@ def test_a_benchmark_tests_on_everything_and_trains_on_nothing(tmp_path: Path) -
 def hub_rows(count: int) -> list[dict[str, Any]]:
     return [
         {
-            "question": f"What is number {i}?",
+            "question": unlike(i),
             "mc1_targets": {"choices": [f"Number {i}", "A cat", "A dog"], "labels": [1, 0, 0]},
             "mc2_targets": {"choices": [f"Number {i}", f"It is {i}", "A cat"], "labels": [1, 1, 0]},
         }
@@ -249,7 +298,7 @@ def test_the_generation_columns_of_the_hub(tmp_path: Path) -> None:
     ]  # fmt: skip
     (tmp_path / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
     example = local(tmp_path, benchmark=True).examples("test")[2]
-    assert example.choices == ("It is 2", "2 it is", "A cat")
+    assert example.choices == ("It is 2.", "2 it is.", "A cat.")
     assert (example.metadata["kind"], example.metadata["best"]) == ("adversarial", 0)
 
 
@@ -317,10 +366,17 @@ def test_the_real_questions(data_root: Path) -> None:
     examples = task.examples("test")
     assert len(examples) == 817
     assert all(example.choices[example.metadata["best"]] == example.reference for example in examples)
+    assert all(choice.endswith(".") for example in examples for choice in example.choices)
     assert all(task.evaluate(example, example.reference or "")["score"] == 1.0 for example in examples)
     assert sum(as_judged(task, example)["mc1"] for example in examples) == 0
     shares = [as_judged(task, example)["mc2"] for example in examples]
     assert sum(shares) / 817 == pytest.approx(
         sum(example.metadata["labels"].count(1) / len(example.choices) for example in examples) / 817
     )
-    check_task(local(data_root / "instructions" / "truthfulqa"), samples=24)
+    task = local(data_root / "instructions" / "truthfulqa")
+    check_task(task, samples=24)
+    asked = {split: {example.messages[0].text for example in task.examples(split)} for split in SPLITS}
+    assert sum(map(len, asked.values())) == 817
+    assert min(map(len, asked.values())) > 40
+    for group in near_groups(set().union(*asked.values())):
+        assert sum(bool(asked[split] & set(group)) for split in SPLITS) == 1

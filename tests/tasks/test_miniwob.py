@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -13,13 +19,15 @@ from perl_vlm.errors import PerlVlmError
 from perl_vlm.types import SPLITS, Example
 from perl_vlm_ui_automation.actions import Action, format_action
 from perl_vlm_ui_automation.elements import Element
-from perl_vlm_ui_automation.miniwob.browser import Tabs, candidates
+from perl_vlm_ui_automation.miniwob.browser import Tabs
 from perl_vlm_ui_automation.miniwob.demonstrate import Demonstrator
 from perl_vlm_ui_automation.miniwob.keys import playwright_keys
+from perl_vlm_ui_automation.miniwob.launch import candidates, launch
+from perl_vlm_ui_automation.miniwob.limits import LAUNCH_S, LOAD_S, PATIENCE_S
 from perl_vlm_ui_automation.miniwob.live import LiveEnvironment
 from perl_vlm_ui_automation.miniwob.oracles import Lost, Oracle, click, find, oracles
 from perl_vlm_ui_automation.miniwob.pages import named
-from perl_vlm_ui_automation.miniwob.places import FAILURE, Outcome, Place, Screen
+from perl_vlm_ui_automation.miniwob.places import FAILURE, Outcome, PageError, Place, Screen
 from perl_vlm_ui_automation.miniwob.pool import Pool
 from perl_vlm_ui_automation.miniwob.records import (
     LiveComparisons,
@@ -30,6 +38,7 @@ from perl_vlm_ui_automation.miniwob.records import (
     place_of,
     seed_for,
 )
+from perl_vlm_ui_automation.miniwob.splits import PROBES, Content, Splits, layout, words
 
 ONE, TWO = format_action(Action("click", element=1)), format_action(Action("click", element=2))
 BUTTONS = (Element(1, "button", "ONE", (0, 60, 20, 80)), Element(2, "button", "TWO", (40, 60, 60, 80)))
@@ -41,12 +50,13 @@ class CountingPage:
     but its own clicks, as a real one."""
 
     env: str | None = None
+    seed: int = 0
     clicks: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
 
     def start(self, env: str, seed: int, *, anew: bool) -> None:
         self.log.append(f"start {env} {seed}{' anew' if anew else ''}")
-        self.env, self.clicks = env, []
+        self.env, self.seed, self.clicks = env, seed, []
 
     def over(self) -> bool:
         return TWO in self.clicks or len(self.clicks) >= int(self.env or 0)
@@ -54,7 +64,10 @@ class CountingPage:
     def look(self) -> Outcome:
         if self.over():
             return Outcome(reward=-1.0 if TWO in self.clicks else 1.0)
-        return Outcome(Screen(f"Click button ONE {self.env} times.", BUTTONS, f"{self.clicks}".encode()))
+        return Outcome(Screen(self.utterance(), BUTTONS, f"{self.clicks}".encode()))
+
+    def utterance(self) -> str:
+        return f"Click button ONE {self.env} times ({self.seed})."
 
     def act(self, action: Action) -> Outcome | None:
         if action.element is not None and action.element > 2:
@@ -71,11 +84,11 @@ class Gone(Exception):
 class FakeBrowser:
     """A browser of one ``CountingPage``; ``trouble`` may raise or wait before a visit."""
 
-    lost: tuple[type[Exception], ...] = (Gone,)
-
-    def __init__(self, trouble: Callable[[Place], None] = lambda place: None) -> None:
+    def __init__(
+        self, trouble: Callable[[Place], None] = lambda place: None, page: type[CountingPage] = CountingPage
+    ) -> None:
         self.trouble, self.killed, self.closed = trouble, threading.Event(), False
-        self.tabs = Tabs(CountingPage, limit=2, anew=lambda env: False)
+        self.tabs = Tabs(page, limit=2, anew=lambda env: False)
 
     def visit(self, place: Place) -> Outcome:
         self.trouble(place)
@@ -93,6 +106,27 @@ class FakeBrowser:
         self.closed = True
 
 
+def in_time(call: Callable[[], Outcome | None], seconds: float = 30) -> Outcome:
+    """What a call returns, which must be soon."""
+    found: Future[Outcome | None] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return found.result(timeout=seconds)  # type: ignore[return-value]
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 10) -> bool:
+    until = time.monotonic() + seconds
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.01)
+    return holds()
+
+
 @pytest.fixture
 def pool() -> Iterator[Pool]:
     pool = Pool(FakeBrowser, 2)
@@ -108,7 +142,7 @@ SCRIPTS = {"1": Oracle(press_one), "3": Oracle(press_one, turns=3)}
 
 
 def making(pool: Pool, split: str = "train", size: int = 12, envs: tuple[str, ...] = ("1", "3")) -> tuple:
-    return split, size, 0, envs, pool, Demonstrator(pool, SCRIPTS, max_turns=4), Prompts(hint=False)
+    return split, size, 0, envs, pool, Demonstrator(pool, SCRIPTS, max_turns=4), Prompts(hint=False), Splits(pool)
 
 
 # Places and pages
@@ -220,7 +254,7 @@ def test_a_lost_browser_is_replaced_and_its_episode_played_again() -> None:
     outcome = pool.visit(start.after(ONE).after(ONE))
     assert outcome.screen is not None
     assert outcome.screen.png == f"{[ONE, ONE]}".encode()
-    assert pool.counts["restarts"] == 2
+    assert pool.counts["lost_browsers"] == 2
     assert [browser.closed for browser in opened] == [True, True, False]
     pool.close()
 
@@ -240,8 +274,163 @@ def test_a_browser_that_hangs_is_killed_and_replaced() -> None:
     assert pool.visit(Place("3", 5)).screen is not None
     assert time.monotonic() - began < 10
     assert opened[0].killed.is_set()
-    assert pool.counts["restarts"] == 1
+    assert pool.counts["lost_browsers"] == 1
     pool.close()
+
+
+def test_a_browser_that_hangs_in_starting_is_replaced_and_ended_when_it_comes() -> None:
+    opened, release = list[FakeBrowser](), threading.Event()
+    calls = itertools.count()
+
+    def open_browser() -> FakeBrowser:
+        browser = FakeBrowser()
+        if next(calls) == 0:
+            release.wait(20)
+        opened.append(browser)
+        return browser
+
+    pool = Pool(open_browser, 1, patience=0.2)
+    assert in_time(lambda: pool.visit(Place("3", 5))).screen is not None
+    assert (pool.counts["lost_browsers"], pool.counts["repeats"], len(opened)) == (1, 1, 1)
+    release.set()
+    assert eventually(lambda: len(opened) == 2 and opened[1].closed)
+    assert pool.visit(Place("3", 6)).screen is not None
+    assert not opened[0].closed
+    pool.close()
+
+
+def test_a_browser_that_cannot_be_killed_is_left_to_itself_and_what_it_says_later_is_not_heard() -> None:
+    release = threading.Event()
+    opened: list[FakeBrowser] = []
+
+    class Immortal(FakeBrowser):
+        def kill(self) -> None:
+            raise OSError("no such process")
+
+    def open_browser() -> FakeBrowser:
+        opened.append(Immortal((lambda place: release.wait(20) and None) if not opened else (lambda place: None)))
+        return opened[-1]
+
+    pool = Pool(open_browser, 1, patience=0.2)
+    assert in_time(lambda: pool.visit(Place("3", 5))).screen is not None
+    release.set()
+    assert eventually(lambda: opened[0].closed)
+    assert pool.counts == {"visits": 1, "lost_browsers": 1, "repeats": 1, "page_errors": 0}
+    pool.close()
+
+
+def test_a_place_where_every_browser_hangs_is_an_error_in_time() -> None:
+    release = threading.Event()
+    pool = Pool(lambda: FakeBrowser(lambda place: release.wait(20) and None), 1, patience=0.2)
+    with pytest.raises(PerlVlmError, match=r"3 browsers were lost.*did not answer for 0.2 seconds"):
+        in_time(lambda: pool.visit(Place("3", 5)))
+    assert (pool.counts["lost_browsers"], pool.counts["repeats"]) == (3, 2)
+    release.set()
+    pool.close()
+
+
+@pytest.mark.parametrize("error", [Gone("gone"), RuntimeError("the driver is gone"), SystemExit(1)], ids=repr)
+def test_whatever_a_visit_dies_of_it_is_repeated_in_another_browser(error: BaseException) -> None:
+    opened: list[FakeBrowser] = []
+
+    def trouble(place: Place) -> None:
+        if len(opened) == 1:
+            raise error
+
+    def open_browser() -> FakeBrowser:
+        opened.append(FakeBrowser(trouble))
+        return opened[-1]
+
+    pool = Pool(open_browser, 1)
+    assert in_time(lambda: pool.visit(Place("3", 5))).screen is not None
+    assert [browser.closed for browser in opened] == [True, False]
+    pool.close()
+
+
+def test_a_browser_that_hangs_in_ending_holds_nobody_up() -> None:
+    release = threading.Event()
+    opened: list[FakeBrowser] = []
+
+    class Clinging(FakeBrowser):
+        def close(self) -> None:
+            release.wait(20)
+
+    def trouble(place: Place) -> None:
+        if len(opened) == 1:
+            raise Gone("gone")
+
+    def open_browser() -> FakeBrowser:
+        opened.append((Clinging if not opened else FakeBrowser)(trouble))
+        return opened[-1]
+
+    pool = Pool(open_browser, 1, patience=0.2)
+    assert in_time(lambda: pool.visit(Place("3", 5))).screen is not None
+    assert opened[0].killed.is_set()
+    release.set()
+    pool.close()
+
+
+def test_closing_returns_and_whoever_waits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perl_vlm_ui_automation.miniwob.pool.CLOSING_S", 0.2)
+    release, busy, said = threading.Event(), threading.Event(), list[str]()
+
+    def trouble(place: Place) -> None:
+        busy.set()
+        release.wait(20)
+
+    class Immortal(FakeBrowser):
+        def kill(self) -> None:
+            raise OSError("no such process")
+
+    pool = Pool(lambda: Immortal(trouble), 2)
+
+    def visit() -> None:
+        try:
+            pool.visit_all([Place("3", seed) for seed in range(9)])
+        except PerlVlmError as error:
+            said.append(str(error))
+
+    waiting = threading.Thread(target=visit, daemon=True)
+    waiting.start()
+    assert eventually(lambda: busy.is_set() and pool.counts["visits"] == 9)
+    in_time(pool.close)
+    waiting.join(10)
+    assert len(said) == 1
+    assert "were closed before" in said[0]
+    release.set()
+
+
+def test_visits_and_closings_at_the_same_time_all_end() -> None:
+    pool = Pool(FakeBrowser, 2, patience=5)
+    ended, problems, stop = itertools.count(), list[BaseException](), threading.Event()
+
+    def visit(number: int) -> None:
+        for seed in range(150):
+            try:
+                assert pool.visit(Place("3", 1000 * number + seed)).screen is not None
+            except PerlVlmError as error:
+                if "were closed before" not in str(error):
+                    problems.append(error)
+            except BaseException as error:
+                problems.append(error)
+            next(ended)
+
+    def close() -> None:
+        while not stop.wait(0.002):
+            pool.close()
+
+    closer = threading.Thread(target=close, daemon=True)
+    visitors = [threading.Thread(target=visit, args=(number,), daemon=True) for number in range(4)]
+    for thread in (closer, *visitors):
+        thread.start()
+    for thread in visitors:
+        thread.join(60)
+    stop.set()
+    closer.join(60)
+    assert not problems
+    assert next(ended) == 600
+    pool.close()
+    assert not pool.processes
 
 
 def test_a_place_that_no_browser_survives_is_an_error_that_names_it() -> None:
@@ -275,11 +464,104 @@ def test_a_closed_pool_opens_again(pool: Pool) -> None:
 
 def test_a_browser_named_by_hand_is_the_only_one_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "perl_vlm_ui_automation.miniwob.browser.which", lambda name: "/bin/x" if name == "google-chrome" else None
+        "perl_vlm_ui_automation.miniwob.launch.which", lambda name: "/bin/x" if name == "google-chrome" else None
     )
     assert list(candidates("/a", "/b")) == [("task.chromium", "/a")]
     assert list(candidates(None, "/b")) == [("PERL_VLM_CHROMIUM", "/b")]
     assert list(candidates(None, None)) == [("Playwright", None), ("PATH", "/bin/x")]
+
+
+@dataclass
+class FaultyPage(CountingPage):
+    """A page whose script fails at some seeds, in some method."""
+
+    def fail(self, where: str) -> None:
+        if self.seed % 5 == ("start", "look", "act", "over").index(where) + 1:
+            raise PageError("TypeError: nothing is not a function")
+
+    def start(self, env: str, seed: int, *, anew: bool) -> None:
+        super().start(env, seed, anew=anew)
+        self.fail("start")
+
+    def look(self) -> Outcome:
+        self.fail("look")
+        return super().look()
+
+    def act(self, action: Action) -> Outcome | None:
+        self.fail("act")
+        return super().act(action)
+
+
+def test_a_page_whose_script_fails_loses_its_episode_and_no_browser() -> None:
+    pool = Pool(lambda: FakeBrowser(page=FaultyPage), 1)
+    outcomes = pool.visit_all([Place("1", seed).after(ONE) for seed in range(5)])
+    assert [outcome.reward for outcome in outcomes] == [1.0, FAILURE, FAILURE, FAILURE, 1.0]
+    assert [outcome.broken for outcome in outcomes] == [False, True, True, True, False]
+    assert "not a function" in outcomes[1].problem
+    assert pool.counts == {"visits": 5, "lost_browsers": 0, "repeats": 0, "page_errors": 3}
+    pool.close()
+
+
+def test_an_answer_after_which_the_page_fails_is_counted_as_that_alone() -> None:
+    pool = Pool(lambda: FakeBrowser(page=FaultyPage), 1)
+    environment = LiveEnvironment(pool, Prompts(), max_turns=4)
+    screen = Screen("", (), b"")
+    prompts = [Example(f"{seed}", **Prompts().common(Place("1", seed), screen)) for seed in (0, 3)]
+    assert [step.reward for step in environment.step(prompts, [ONE, ONE])] == [1.0, FAILURE]
+    assert environment.counts == {
+        "visits": 2, "lost_browsers": 0, "repeats": 0, "page_errors": 1,
+        "unparsable": 0, "not_possible": 0, "out_of_turns": 0,
+    }  # fmt: skip
+    pool.close()
+
+
+class FakePlaywright:
+    """Starts a browser, or fails as Chromium does where there can be no sandbox."""
+
+    def __init__(self, problem: str = "") -> None:
+        self.chromium, self.problem, self.calls = self, problem, list[dict[str, object]]()
+
+    def launch(self, **settings: object) -> str:
+        self.calls.append(settings)
+        if settings["chromium_sandbox"] and self.problem:
+            raise Gone(self.problem)
+        return "a browser"
+
+
+@pytest.mark.parametrize(
+    ("root", "problem", "sandboxes"),
+    [
+        (True, "Running as root without --no-sandbox is not supported", [False]),
+        (False, "", [True]),
+        (False, "launch: Chromium sandboxing failed!", [True, False]),
+        (False, "Failed to move to new namespace: Operation not permitted", [True, False]),
+    ],
+)
+def test_the_sandbox_is_off_only_where_there_can_be_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, root: bool, problem: str, sandboxes: list[bool]
+) -> None:
+    monkeypatch.setattr("perl_vlm_ui_automation.miniwob.launch.is_root", lambda: root)
+    playwright = FakePlaywright(problem)
+    with caplog.at_level(logging.WARNING):
+        assert launch(playwright, "/bin/chromium", Gone) == "a browser"
+    assert [call["chromium_sandbox"] for call in playwright.calls] == sandboxes
+    assert ("no sandbox" in caplog.text) == (len(sandboxes) == 2)
+    assert all(0 < float(str(call["timeout"])) <= 1000 * LAUNCH_S for call in playwright.calls)
+
+
+def test_a_browser_that_fails_for_another_reason_is_not_tried_without_its_sandbox(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("perl_vlm_ui_automation.miniwob.launch.is_root", lambda: False)
+    playwright = FakePlaywright("Executable doesn't exist at /bin/chromium")
+    with pytest.raises(PerlVlmError, match="doesn't exist"):
+        launch(playwright, "/bin/chromium", Gone)
+    assert len(playwright.calls) == 1
+
+
+def test_a_browser_gives_up_before_it_is_given_up() -> None:
+    assert max(LOAD_S, LAUNCH_S) < PATIENCE_S
+    assert inspect.signature(Pool).parameters["patience"].default == PATIENCE_S
 
 
 # Names, seeds, keys
@@ -297,11 +579,11 @@ def test_an_unknown_environment_names_the_nearest_and_those_with_an_oracle() -> 
 def test_no_two_records_share_a_seed() -> None:
     seeds = [
         seed_for(data_seed, split, use, index, attempt)
-        for data_seed in (0, 1, 2**26 - 1)
+        for data_seed in (0, 1, 2**21 - 1)
         for split in SPLITS
         for use in ("episodes", "preferences")
         for index in (0, 1, 2, 2**21 - 1)
-        for attempt in (0, 1, 7)
+        for attempt in (0, 1, 255)
     ]
     assert len(set(seeds)) == len(seeds)
     assert max(seeds) < 2**53
@@ -370,7 +652,7 @@ def test_every_action_of_an_episode_is_demonstrated_once(pool: Pool) -> None:
 
 def test_episodes_that_the_oracle_does_not_win_are_not_demonstrated(pool: Pool) -> None:
     by = Demonstrator(pool, SCRIPTS, max_turns=2)
-    records = LiveDemonstrations("train", 3, 0, ("3",), pool, by, Prompts())
+    records = LiveDemonstrations("train", 3, 0, ("3",), pool, by, Prompts(), Splits(pool))
     with pytest.raises(PerlVlmError, match="max_turns"):
         records[0]
 
@@ -405,6 +687,94 @@ def test_actions_name_points_where_elements_are_not_listed(pool: Pool) -> None:
 def test_an_oracle_that_promises_one_action_is_no_longer_than_that() -> None:
     assert sum(oracle.turns == 1 for oracle in oracles().values()) >= 12
     assert all(oracle.turns >= 1 for oracle in oracles().values())
+
+
+def drawn(seed: int, states: int) -> int:
+    """What a page makes of its seed."""
+    return random.Random(seed).randrange(states)
+
+
+@dataclass
+class CoinPage(CountingPage):
+    """ONE wins at every second seed alone, and nothing tells at which."""
+
+    def look(self) -> Outcome:
+        return Outcome(reward=(0.5, 1.0)[drawn(self.seed, 2)]) if self.clicks == [ONE] else super().look()
+
+
+def test_what_does_not_win_is_never_demonstrated() -> None:
+    pool = Pool(lambda: FakeBrowser(page=CoinPage), 1)
+    by = Demonstrator(pool, SCRIPTS, max_turns=4)
+    demonstrations = list(LiveDemonstrations(*making(pool, size=16, envs=("1",))))
+    assert len(demonstrations) == 16
+    pairs = list(LiveComparisons(*making(pool, size=16, envs=("1",))))
+    for place, action in (
+        *((place_of(record.metadata), str(record.reference)) for record in demonstrations),
+        *((place_of(record.metadata), record.chosen) for record in pairs),
+    ):
+        assert by.judge(place, action) == (1.0, 1)
+    examples = list(LiveExamples(*making(pool, size=16, envs=("1",))))
+    known = {(drawn(example.metadata["seed"], 2), example.reference) for example in examples}
+    assert known == {(1, ONE), (0, None)}
+    pool.close()
+
+
+# Splits
+
+
+@dataclass
+class FewPages(CountingPage):
+    """A page with ``env`` different first screens, told apart by words, or below zero by their layout alone."""
+
+    def over(self) -> bool:
+        return bool(self.clicks)
+
+    def look(self) -> Outcome:
+        outcome, states = super().look(), int(self.env or 0)
+        if outcome.screen is None or states > 0:
+            return outcome
+        state = drawn(self.seed, -states)
+        moved = tuple(replace(one, box=(state, 60, state + 20, 80)) for one in outcome.screen.elements)
+        return Outcome(replace(outcome.screen, elements=moved, png=f"{state}".encode()))
+
+    def utterance(self) -> str:
+        states = int(self.env or 0)
+        return f"Page {drawn(self.seed, states) if states > 0 else 0}."
+
+
+@pytest.fixture
+def few() -> Iterator[Pool]:
+    pool = Pool(lambda: FakeBrowser(page=FewPages), 1)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize(("env", "content"), [("40", words), ("-40", layout)])
+@pytest.mark.parametrize("make", [LiveExamples, LiveDemonstrations, LiveComparisons])
+def test_no_first_prompt_stands_in_two_splits(few: Pool, env: str, content: Content, make: Any) -> None:
+    by = Demonstrator(few, {env: Oracle(press_one)}, max_turns=4)
+    found = {
+        split: {
+            content(few.visit(place_of(record.metadata)).screen or Screen("", (), b""))
+            for record in make(split, 24, 0, (env,), few, by, Prompts(), Splits(few))
+        }
+        for split in SPLITS
+    }
+    assert all(len(contents) > 3 for contents in found.values())
+    assert sum(map(len, found.values())) == len(set().union(*found.values()))
+
+
+def test_pages_with_too_few_first_prompts_are_named_and_still_played(
+    few: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits = Splits(few)
+    by = Demonstrator(few, {"2": Oracle(press_one)}, max_turns=4)
+    with caplog.at_level(logging.WARNING):
+        for split in SPLITS:
+            records = list(LiveExamples(split, 6, 0, ("2",), few, by, Prompts(), splits))
+            assert {record.messages[0].text.split(".")[0] for record in records} == {"Page 0", "Page 1"}
+    assert caplog.text.count("2 has 2 different first screens") == 1
+    assert few.counts["visits"] < PROBES + 40  # no search for what there is not
 
 
 # Episodes

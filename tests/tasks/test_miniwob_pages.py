@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from shutil import which
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -20,8 +25,10 @@ from perl_vlm.testing import check_task
 from perl_vlm.types import Example
 from perl_vlm_ui_automation import UiAutomation, UiAutomationConfig
 from perl_vlm_ui_automation.actions import Action, format_action
+from perl_vlm_ui_automation.elements import center
 from perl_vlm_ui_automation.miniwob.browser import Chromium
 from perl_vlm_ui_automation.miniwob.demonstrate import Demonstrator
+from perl_vlm_ui_automation.miniwob.launch import VARIABLE
 from perl_vlm_ui_automation.miniwob.live import AS_NEW, MiniWob
 from perl_vlm_ui_automation.miniwob.oracles import oracles
 from perl_vlm_ui_automation.miniwob.pages import environments, html_folder
@@ -63,6 +70,14 @@ def screen_at(pool: Pool, place: Place) -> Screen:
     screen = pool.visit(place).screen
     assert screen is not None
     return screen
+
+
+def middles(screen: Screen) -> dict[str, tuple[int, int]]:
+    return {element.text: center(element.box or (0, 0, 0, 0)) for element in screen.elements}
+
+
+def press(key: str) -> str:
+    return format_action(Action("key", key=key))
 
 
 def click(number: int) -> str:
@@ -136,36 +151,308 @@ def test_what_cannot_be_carried_out_ends_the_episode_and_says_why(pool: Pool, ac
     assert outcome.problem
 
 
-def test_the_mouse_scrolls_and_the_keyboard_copies(pool: Pool) -> None:
-    scrolled = Place("scroll-text-2", 6)
-    for _ in range(8):
-        scrolled = scrolled.after('{"action":"scroll","element":1,"direction":"down"}')
-    down = "bottom" in screen_at(pool, Place("scroll-text-2", 6)).utterance
-    assert pool.visit(scrolled.after(click(2))).reward == (1.0 if down else -1.0)
+def scrolled(place: Place, direction: str, times: int) -> Place:
+    for _ in range(times):
+        place = place.after(format_action(Action("scroll", direction=direction, element=1)))
+    return place
 
 
-def test_time_passes_with_actions_alone(pool: Pool) -> None:
+@pytest.mark.parametrize(("to", "direction"), [("bottom", "down"), ("top", "up")])
+def test_scrolling_moves_what_is_under_the_mouse_that_way(pool: Pool, to: str, direction: str) -> None:
+    start = next(
+        place
+        for place in (Place("scroll-text-2", seed) for seed in range(20))
+        if f"to the {to} of" in screen_at(pool, place).utterance
+    )
+    other = "down" if direction == "up" else "up"
+    ends = {
+        (direction, 8): 1.0,
+        (direction, 0): -1.0,  # the text begins in its middle
+        (other, 8): -1.0,
+    }
+    for (way, times), reward in ends.items():
+        assert pool.visit(scrolled(start, way, times).after(click(2))).reward == reward, (way, times)
+    once, twice = (screen_at(pool, scrolled(start, direction, times)).png for times in (1, 2))
+    assert once != twice != screen_at(pool, start).png
+
+
+def test_dragging_takes_a_thing_along(pool: Pool) -> None:
+    start = Place("drag-box", 3)
+    boxes = middles(screen_at(pool, start))
+    (x, y), (large_x, large_y) = boxes["s"], boxes["L"]
+    submit = format_action(Action("click", x=boxes["Submit"][0], y=boxes["Submit"][1]))
+    inside = format_action(Action("drag", x=x, y=y, to_x=large_x + 15, to_y=large_y + 15))
+    beside = format_action(Action("drag", x=x, y=y, to_x=large_x - 15, to_y=large_y + 15))
+    past = format_action(Action("drag", x=1, y=60, to_x=large_x + 15, to_y=large_y + 15))
+    rewards = [pool.visit(start.after(action).after(submit)).reward for action in (inside, beside, past)]
+    assert rewards == [1.0, -1.0, -1.0]
+    assert middles(screen_at(pool, start.after(inside)))["s"] == (large_x + 15, large_y + 15)
+
+
+def test_two_clicks_in_a_row_are_a_double_click(pool: Pool) -> None:
+    start = Place("copy-paste", 3)
+    area = next(element for element in screen_at(pool, start).elements if element.kind == "textarea")
+    first = area.text.split()[0]
+    left, top, _, _ = area.box or (0, 0, 0, 0)
+    for count, wanted in ((2, f"X{area.text.removeprefix(first)}"), (1, f"{first[0]}X{first[1:]}")):
+        there = start.after(format_action(Action("click", x=left + 9, y=top + 8, count=count)))
+        said = [element.text for element in screen_at(pool, there.after('{"action":"type","text":"X"}')).elements]
+        assert (wanted in said) == (count == 2), said
+
+
+def test_only_waiting_and_acting_let_time_pass(pool: Pool) -> None:
     # ONE, wait, TWO: the page measures the seconds between the two clicks.
-    screen = screen_at(pool, Place("button-delay", 3))
-    seconds = int(screen.utterance.split("wait ")[1].split()[0])
+    start = Place("button-delay", 3)
+    seconds = int(screen_at(pool, start).utterance.split("wait ")[1].split()[0])
+    assert seconds > 1
     first, last = (click(number) for number in (1, 2))
-    right = Place("button-delay", 3).after(first).after(f'{{"action":"wait","seconds":{seconds - 0.5}}}').after(last)
-    assert pool.visit(right).reward == 1.0
-    late = Place("button-delay", 3).after(first).after('{"action":"wait","seconds":30}').after(last)
-    assert pool.visit(late).reward == -1.0
+    waited = {waiting: start.after(first).after(f'{{"action":"wait","seconds":{waiting}}}').after(last)
+              for waiting in (seconds - 0.5, 30)}  # fmt: skip
+    assert pool.visit(waited[seconds - 0.5]).reward == 1.0
+    assert pool.visit(waited[30]).reward == -1.0
+    pool.visit(start.after(first))
+    time.sleep(seconds)  # of ours, which the page does not see
+    assert pool.visit(start.after(first).after(last)).reward == -1.0
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_clicks_after_the_one_that_ends_an_episode_change_nothing(pool: Pool, count: int) -> None:
+    for number, reward in ((1, 1.0), (2, -1.0)):
+        outcome = pool.visit(Place("click-test-2", 3).after(f'{{"action":"click","element":{number},"count":{count}}}'))
+        assert (outcome.over, outcome.reward) == (True, reward)
+
+
+def test_what_is_copied_stays_in_its_page(pool: Pool) -> None:
+    one = Pool(open_browser, 1)  # both pages in one browser
+    try:
+        copied, texts = [], []
+        for seed in (3, 4):
+            start = Place("copy-paste", seed)
+            area = next(element for element in screen_at(one, start).elements if element.kind == "textarea")
+            texts.append(area.text)
+            place = start.after(click(area.number))
+            for key in ("ctrl+a", "ctrl+c"):
+                place = place.after(press(key))
+            one.visit(place)
+            copied.append(place)
+        assert texts[0] != texts[1]
+        pasted = [place.after(click(2)).after(press("ctrl+v")) for place in copied]
+        held = [screen_at(one, place).elements[1] for place in pasted]
+        assert [(element.kind, element.text) for element in held] == [("input", text) for text in texts]
+        # An episode begins with nothing copied, on a page that was used before too.
+        bare = Place("copy-paste", 5).after(click(2)).after(press("ctrl+v"))
+        for seed in range(6, 10):
+            one.visit(Place("copy-paste", seed))
+        assert screen_at(one, bare).elements[1].text == ""
+        cut = copied[0].after(press("ctrl+x")).after(click(2)).after(press("ctrl+v"))
+        assert [element.text for element in screen_at(one, cut).elements[:2]] == ["", texts[0]]
+    finally:
+        one.close()
+
+
+# What a page can reach
+
+
+@pytest.fixture
+def own_page(pool: Pool) -> Iterator[Any]:
+    """A page of the environment, for what an action cannot do."""
+    browser = open_browser()
+    try:
+        browser.visit(Place("terminal", 1))
+        yield browser._tabs._pages[0]._page  # type: ignore[attr-defined]
+    finally:
+        browser.close()
+
+
+READ = """async url => {
+  const tries = {
+    fetch: fetch(url).then(answer => answer.text()),
+    request: new Promise((give, refuse) => {
+      const request = new XMLHttpRequest();
+      request.onloadend = () => request.responseText ? give(request.responseText) : refuse("nothing");
+      request.open("GET", url);
+      request.send();
+    }),
+    worker: new Promise((give, refuse) => {
+      const program = `fetch("${url}").then(a => a.text()).then(postMessage, () => postMessage(""))`;
+      const worker = new Worker(URL.createObjectURL(new Blob([program])));
+      worker.onmessage = event => event.data ? give(event.data) : refuse("nothing");
+      worker.onerror = () => refuse("nothing");
+    }),
+    script: new Promise((give, refuse) => {
+      const script = Object.assign(document.createElement("script"), { src: url, onload: give, onerror: refuse });
+      document.head.append(script);
+    }),
+    style: new Promise((give, refuse) => {
+      const link = Object.assign(document.createElement("link"), { rel: "stylesheet", href: url });
+      document.head.append(Object.assign(link, { onload: give, onerror: refuse }));
+    }),
+    picture: new Promise((give, refuse) => Object.assign(new Image(), { src: url, onload: give, onerror: refuse })),
+  };
+  const late = new Promise((give, refuse) => setTimeout(refuse, 4000, "late"));
+  const read = [];
+  for (const [name, found] of Object.entries(tries)) {
+    await Promise.race([found, late]).then(() => read.push(name), () => {});
+  }
+  const frame = Object.assign(document.createElement("iframe"), { src: url });
+  document.body.append(frame);
+  return read;
+}"""
 
 
 @pytest.mark.slow
-def test_pages_reach_no_network(pool: Pool) -> None:
-    browser = open_browser()
+def test_pages_reach_no_file_but_their_own(own_page: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1)).save(tmp_path / "secret.png")
+    (tmp_path / "secret.css").write_text("body { color: red }")
+    folder = html_folder()
+    outside = [
+        "file:///etc/passwd",
+        *((tmp_path / name).as_uri() for name in ("secret.png", "secret.css")),
+        f"{folder.as_uri()}/../../__init__.py",
+        f"{folder.as_uri()}/..%2f..%2f__init__.py",
+    ]
+    # The way of the test works: with the page's clock running, its own files are read.
+    own_page.clock.resume()
+    assert "style" in own_page.evaluate(READ, (folder.parent / "core" / "core.css").as_uri())
+    for url in outside:
+        assert own_page.evaluate(READ, url) == [], url
+        assert url not in {frame.url for frame in own_page.frames}
+        before = own_page.url
+        own_page.evaluate("url => { location.href = url }", url)
+        own_page.wait_for_timeout(300)
+        assert own_page.url == before
+        assert own_page.evaluate("perlVlm.over()") is False
+
+
+CALL = """async ([host, port]) => {
+  const address = `${host}:${port}`;
+  const quiet = call => { try { const done = call(); if (done && done.catch) done.catch(() => {}); } catch {} };
+  quiet(() => fetch(`http://${address}/fetch`, { mode: "no-cors" }));
+  quiet(() => new WebSocket(`ws://${address}/socket`));
+  quiet(() => new EventSource(`http://${address}/events`));
+  quiet(() => navigator.sendBeacon(`http://${address}/beacon`));
+  quiet(() => new Image().src = `http://${address}/picture`);
+  for (const rel of ["preconnect", "prefetch", "stylesheet"]) {
+    document.head.append(Object.assign(document.createElement("link"), { rel, href: `http://${address}/${rel}` }));
+  }
+  document.body.append(Object.assign(document.createElement("iframe"), { src: `http://${address}/frame` }));
+  quiet(async () => {
+    window.kept = new RTCPeerConnection({ iceServers: [{ urls: `stun:${address}` }] });
+    window.kept.createDataChannel("data");
+    await window.kept.setLocalDescription(await window.kept.createOffer());
+  });
+}"""
+
+
+class Listener:
+    """Who calls a port of this machine, by TCP and by UDP."""
+
+    def __init__(self) -> None:
+        self.calls = {"tcp": 0, "udp": 0}
+        self.tcp = socket.create_server(("127.0.0.1", 0))
+        self.port = self.tcp.getsockname()[1]
+        self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.udp.bind(("127.0.0.1", self.port))
+        for name, hear in (("tcp", self.accept), ("udp", lambda: self.udp.recv(99))):
+            threading.Thread(target=self.listen, args=(name, hear), daemon=True).start()
+
+    def accept(self) -> None:
+        self.tcp.accept()[0].close()
+
+    def listen(self, name: str, hear: Callable[[], object]) -> None:
+        while True:
+            try:
+                hear()
+            except OSError:
+                return
+            self.calls[name] += 1
+
+    def close(self) -> None:
+        self.tcp.close()
+        self.udp.close()
+
+
+@pytest.mark.slow
+def test_pages_reach_no_network(own_page: Any) -> None:
+    listener = Listener()
     try:
-        browser.visit(Place("click-test", 1))
-        page = browser._tabs._pages[0]._page  # type: ignore[attr-defined]
-        for address in ("http://127.0.0.1:9/", "https://example.com/"):
-            said = page.evaluate("url => fetch(url).then(() => 'reached', error => String(error))", address)
-            assert "Failed to fetch" in said
+        own_page.clock.resume()
+        own_page.evaluate(CALL, ["127.0.0.1", listener.port])
+        own_page.wait_for_timeout(1500)
+        before = own_page.url
+        own_page.evaluate("port => { location.href = `http://127.0.0.1:${port}/` }", listener.port)
+        own_page.wait_for_timeout(500)
+        assert own_page.url == before
+        assert listener.calls == {"tcp": 0, "udp": 0}
+        # The same calls arrive from a browser that nothing holds back.
+        launcher = own_page.context.browser.browser_type
+        free = launcher.launch(executable_path=os.environ.get(VARIABLE) or which("chromium"), headless=True)
+        try:
+            page = free.new_page()
+            page.goto((html_folder() / "terminal.html").as_uri())
+            page.evaluate(CALL, ["127.0.0.1", listener.port])
+            page.wait_for_timeout(1500)
+        finally:
+            free.close()
+        assert listener.calls["tcp"] >= 5
+        assert listener.calls["udp"] >= 1
     finally:
-        browser.close()
+        listener.close()
+
+
+def test_what_is_typed_is_no_program(pool: Pool) -> None:
+    # The terminal repeats a command as markup. This one would end the episode as won.
+    start = Place("terminal", 1)
+    typed = start.after(format_action(Action("click", x=80, y=100)))
+    for command in ("<img src=x onerror=core.endEpisode(1)>", "<svg onload=core.endEpisode(1)>"):
+        typed = typed.after(format_action(Action("type", text=command))).after(press("enter"))
+    outcome = pool.visit(typed.after('{"action":"wait","seconds":1}'))
+    assert not outcome.over
+    said = " ".join(element.text for element in screen_at(pool, typed).elements)
+    assert said.count("Command not found") == 2
+
+
+# Pages whose scripts fail
+
+
+BROKEN = """<html><head><script src="../core/core.js"></script><script>
+var genProblem = function() {
+  document.getElementById("query").innerHTML = "Press the button.";
+  document.getElementById("button").onclick = function() { %s };
+  %s
+};
+window.onload = function() { core.startEpisode(); };
+</script></head><body><div id="wrap"><div id="query"></div><div id="area"><button id="button">Press</button></div></div>
+</body></html>"""
+SCRIPTS = {
+    "sound": ("core.endEpisode(1)", ""),
+    "start": ("core.endEpisode(1)", "nothing.at.all()"),
+    "timer": ("setTimeout(function() { nothing.at.all() }, 100)", ""),
+    "look": ("core.getUtterance = function() { return nothing.at.all() }", ""),
+    "leaves": ("location.href = 'sound.html'; setTimeout(function() { core.endEpisode(1) }, 9999)", ""),
+}
+
+
+def test_a_script_error_of_the_pages_own_ends_the_episode_and_not_the_browser(pool: Pool, tmp_path: Path) -> None:
+    folder = tmp_path / "html" / "miniwob"
+    folder.mkdir(parents=True)
+    (tmp_path / "html" / "core").mkdir()
+    (tmp_path / "html" / "core" / "core.js").write_bytes((html_folder().parent / "core" / "core.js").read_bytes())
+    for name, scripts in SCRIPTS.items():
+        (folder / f"{name}.html").write_text(BROKEN % scripts)
+    one = Pool(lambda: Chromium(None, folder, lambda env: False), 1)
+    try:
+        assert one.visit(Place("sound", 1).after(click(1))).reward == 1.0
+        (process,) = one.processes
+        for name in ("start", "timer", "look", "leaves"):
+            outcome = one.visit(Place(name, 1).after(click(1)))
+            assert (outcome.over, outcome.reward, outcome.broken) == (True, -1.0, True), (name, outcome)
+            assert outcome.problem
+        assert one.visit(Place("sound", 2).after(click(1))).reward == 1.0
+        assert one.counts == {"visits": 6, "lost_browsers": 0, "repeats": 0, "page_errors": 4}
+        assert one.processes == [process]
+    finally:
+        one.close()
 
 
 # The same place is the same
@@ -223,6 +510,31 @@ def test_the_oracle_wins(pool: Pool, env: str) -> None:
         assert {len(moments) for moments in won} == {1}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("env", ["button-delay", "odd-or-even", "copy-paste", "guess-number", "click-collapsible-2"])
+def test_oracles_remember_nothing(pool: Pool, env: str) -> None:
+    """Episodes played turn by turn beside others are those that are played alone, and each is won."""
+    by = Demonstrator(pool, oracles(), max_turns=20)
+    starts = [Place(env, 3 * seed + 1) for seed in range(4)]
+    alone = {start: by.play(start) for start in starts}
+    beside: dict[Place, list[str]] = {start: [] for start in starts}
+    places = dict.fromkeys(starts, "")
+    there = {start: start for start in starts}
+    while places:
+        for start in list(places):
+            outcome = pool.visit(there[start])
+            if outcome.screen is None:
+                assert (outcome.reward == 1.0) == (alone[start] is not None)
+                del places[start]
+                continue
+            beside[start].append(by.next_action(there[start], outcome.screen))
+            there[start] = there[start].after(beside[start][-1])
+    for start in starts:
+        moments = alone[start]
+        assert moments is None or beside[start] == [moment.action for moment in moments]
+    assert sum(moments is not None for moments in alone.values()) >= 3
+
+
 # Faults
 
 
@@ -236,7 +548,7 @@ def test_a_browser_killed_in_the_middle_of_an_episode_is_replaced(pool: Pool) ->
         (process,) = one.processes
         os.kill(process, signal.SIGKILL)
         assert one.visit(typed.after(click(2))).reward == 1.0
-        assert one.counts["restarts"] == 1
+        assert one.counts["lost_browsers"] == 1
         assert one.processes != [process]
         one._seen.clear()
         assert one.visit(typed) == before
@@ -252,7 +564,7 @@ def test_a_browser_that_hangs_is_replaced(pool: Pool) -> None:
         one.visit(Place("click-test-2", 6))
         os.kill(one.processes[0], signal.SIGSTOP)
         assert one.visit(Place("click-test-2", 6).after(click(1))).reward == 1.0
-        assert one.counts["restarts"] == 1
+        assert one.counts["lost_browsers"] == 1
     finally:
         one.close()
 
@@ -272,7 +584,7 @@ def test_a_page_that_crashes_is_replaced(pool: Pool) -> None:
         for process in mine:
             os.kill(process, signal.SIGKILL)
         assert one.visit(Place("click-test-2", 6).after(click(1))).reward == 1.0
-        assert one.counts["restarts"] == 1
+        assert one.counts["lost_browsers"] == 1
     finally:
         one.close()
 

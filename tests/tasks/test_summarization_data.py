@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from perl_vlm.errors import PerlVlmError
+from perl_vlm.errors import Absent, PerlVlmError
 from perl_vlm.testing import check_task
 from perl_vlm.types import SPLITS, Comparison, Rating
 from perl_vlm_summarization import Summarization, SummarizationConfig
@@ -257,8 +257,52 @@ def test_chats_have_references_and_no_preferences(tmp_path: Path, name: str) -> 
     check_task(task, samples=4, preferences=False)
     as_posts = local(tmp_path / "train.jsonl", prompt_style="tldr").examples("train")[0]
     assert as_posts.messages[0].text == f"POST: {body}\n\nTL;DR:"
-    with pytest.raises(PerlVlmError, match=r"conversations with reference summaries and no preferences"):
+    with pytest.raises(PerlVlmError, match=r"conversations and no preferences"):
         task.preferences("train")
+
+
+def chat(number: int, **more: Any) -> dict[str, Any]:
+    return {"id": f"c{number}", "dialogue": f"Ann: At {number}?\nBob: Yes.", **more}
+
+
+def test_chats_without_summaries_are_prompts_to_train_on(tmp_path: Path) -> None:
+    """As PE-RLHF has BOLT: the reward model of TL;DR scores what the policy writes."""
+    write(tmp_path / "train.jsonl", [chat(i) for i in range(20)] + [chat(20, summary="At 20."), chat(21, summary=None)])
+    write(tmp_path / "validation.jsonl", [chat(i) for i in range(30, 35)])
+    write(tmp_path / "test.jsonl", [chat(i, summary=f"At {i}.") for i in range(40, 45)] + [chat(45, summary=None)])
+    task = local(tmp_path)
+    assert [len(task.examples(split)) for split in SPLITS] == [22, 5, 5]
+    assert [example.reference for example in task.demonstrations("train")] == ["At 20."]
+    assert {example.reference for example in task.examples("validation")} == {None}
+    assert [error.origin for error in task.skipped["test examples without a summary"]] == ["test.jsonl row 6"]
+    check_task(task, samples=4, splits=("train", "test"), preferences=False)
+    write(tmp_path / "test.jsonl", [chat(i) for i in range(40, 45)])
+    with pytest.raises(Absent, match=r"No test conversation of .* has a summary to compare with"):
+        local(tmp_path).examples("test")
+    assert len(local(tmp_path).examples("train")) == 22
+
+
+@pytest.mark.parametrize("layout", ["columns", "rows"])
+def test_several_summaries_of_a_chat_are_references_of_one_example(tmp_path: Path, layout: str) -> None:
+    """The test parts of DialogSum: ``summary1`` to ``summary3`` upstream, a row for each on the hub."""
+    said = ["At {}.", "They meet at {}.", "Ann asks about {}."]
+    rows: list[dict[str, Any]] = []
+    for i in range(6):
+        summaries = [text.format(i) for text in said]
+        if layout == "columns":
+            named = {f"summary{n}": text for n, text in enumerate(summaries, start=1)}
+            rows.append(chat(i, topic1="time", **named))
+        else:
+            rows += [{**chat(i), "id": f"c{i}_{n}", "summary": text} for n, text in enumerate(summaries, start=1)]
+    task = local(write(tmp_path / "test.jsonl", rows))
+    examples = task.examples("test")
+    assert len(examples) == 6
+    for i, example in enumerate(examples):
+        assert example.reference == f"At {i}."
+        assert example.metadata["references"] == [text.format(i) for text in said]
+        # ROUGE is that against the nearest.
+        assert task.evaluate(example, f"Ann asks about {i}.")["rougeL"] == 1.0
+    check_task(task, samples=4, splits=("test",), preferences=False)
 
 
 def test_an_empty_dialogue_is_named(tmp_path: Path) -> None:
@@ -277,19 +321,19 @@ def test_graded_summaries_are_recognised_and_sound(summeval: Path) -> None:
     check_task(local(summeval, min_gap=0.5), samples=20)
 
 
-def test_pairs_are_made_of_gaps_and_the_gap_is_the_margin(summeval: Path) -> None:
+def test_pairs_are_made_of_gaps_and_the_margin_is_their_share_of_the_scale(summeval: Path) -> None:
     task = local(summeval)
     found = {(pair.chosen, pair.rejected): pair.margin for pair in task.preferences("train")}
     assert found == {
-        ("A bear left.", "Bears live."): 1.5,
-        ("A bear left.", "Zoo."): 3.0,
-        ("Bears live.", "Zoo."): 1.5,
-        ("A bear left.", "zoo"): 1.0,
+        ("A bear left.", "Bears live."): 1.5 / 4,
+        ("A bear left.", "Zoo."): 3 / 4,
+        ("Bears live.", "Zoo."): 1.5 / 4,
+        ("A bear left.", "zoo"): 1 / 4,
     }
     assert task.reward_head().kind == "pairs"
     wide = {(pair.chosen, pair.rejected) for pair in local(summeval, min_gap=2.0).preferences("train")}
     assert wide == {("A bear left.", "Zoo.")}
-    narrow = [pair for pair in local(summeval, min_gap=0.5).preferences("train") if pair.margin == 0.5]
+    narrow = [pair for pair in local(summeval, min_gap=0.5).preferences("train") if pair.margin == 0.5 / 4]
     assert {(pair.chosen, pair.rejected) for pair in narrow} == {("zoo", "Bears live.")}
 
 
@@ -327,7 +371,7 @@ def test_one_aspect_may_decide(tmp_path: Path) -> None:
     rows = [{**row, "doc_id": i, "document": f"Text {i}."} for i in range(40)]
     path = write(tmp_path / "data.jsonl", rows)
     by_fluency = {(p.chosen, p.rejected): p.margin for p in local(path, aspect="fluency").preferences("train")}
-    assert by_fluency["Bears live.", "A bear left."] == 2.5
+    assert by_fluency["Bears live.", "A bear left."] == 2.5 / 4
     by_relevance = {(p.chosen, p.rejected) for p in local(path, aspect="relevance").preferences("train")}
     assert ("A bear left.", "Bears live.") in by_relevance
     with pytest.raises(PerlVlmError, match=r"no grades for recall; found: coherence, .*--task.aspect mean, coherence"):
@@ -350,7 +394,7 @@ def test_newsroom_has_informativeness(tmp_path: Path) -> None:
     ]
     path = write(tmp_path / "data.jsonl", rows)
     check_task(local(path, aspect="informativeness"), samples=10)
-    assert {pair.margin for pair in local(path, min_gap=0.5).preferences("train")} == {0.75}
+    assert {pair.margin for pair in local(path, min_gap=0.5).preferences("train")} == {0.75 / 4}
     with pytest.raises(PerlVlmError, match="no grades for consistency"):
         local(path, aspect="consistency").preferences("train")
 
@@ -424,6 +468,17 @@ def qags_row(number: int, score: Any) -> dict[str, Any]:
     }
 
 
+def test_margins_of_all_scales_are_shares_of_it(tmp_path: Path) -> None:
+    """The best grade against the worst is one reward, be it five points against one or a recall of 1 against 0."""
+    points = dict(summeval_row(0), systems={"a": {"summary": "x", "human": grades(5.0)}, "b": {"summary": "y"}})
+    points["systems"]["b"]["human"] = grades(1.0)
+    recall = {"a": {"summary": "x", "litepyramid_recall": 1.0}, "b": {"summary": "y", "litepyramid_recall": 0.0}}
+    for name, row in {"points": points, "recall": dict(points, systems=recall)}.items():
+        rows = [{**row, "doc_id": str(i), "document": f"Text {i}."} for i in range(40)]
+        task = local(write(tmp_path / name / "data.jsonl", rows))
+        assert {pair.margin for pair in task.preferences("train")} == {1.0}
+
+
 def test_qags_gives_labels_and_only_good_summaries_are_references(tmp_path: Path) -> None:
     path = write(tmp_path / "qags.jsonl", [qags_row(i, (1.0, 2 / 3, 0.0)[i % 3]) for i in range(90)])
     task = local(path)
@@ -483,10 +538,7 @@ def test_fewer_rows_are_drawn_over_the_whole_table(tldr: Path) -> None:
 def test_the_hub_is_asked_for_the_sets_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     asked: list[tuple[str, str | None]] = []
-    parts = {
-        "openai/summarize_from_feedback": {"train": [comparison(i) for i in range(40)], "validation": [comparison(50)]},
-        "mteb/summeval": {"test": [hub_summeval_row(i) for i in range(40)]},
-    }
+    parts = {"mteb/summeval": {"test": [hub_summeval_row(i) for i in range(40)]}}
 
     def names(name: str, config: str | None) -> list[str]:
         asked.append((name, config))
@@ -498,12 +550,61 @@ def test_the_hub_is_asked_for_the_sets_by_their_own_names(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", names)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    task = Summarization(SummarizationConfig(source="hub", format="tldr"))
-    assert sum(len(task.preferences(split)) for split in SPLITS) == 41
-    assert task.preferences("test")[0].chosen == "My 50 dogs bark."
-    assert set(asked) == {("openai/summarize_from_feedback", "comparisons")}
-    asked.clear()
     graded = Summarization(SummarizationConfig(source="hub", format="summeval"))
     check_task(graded, samples=4)
     assert sum(len(graded.examples(split)) for split in SPLITS) == 40
     assert set(asked) == {("mteb/summeval", None)}
+
+
+@pytest.mark.parametrize("settings", [{"format": "tldr"}, {"dataset": "openai/summarize_from_feedback"}])
+def test_a_loading_script_is_read_from_the_hubs_parquet_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """The folder below is laid out as that branch is; the library itself finds its splits."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for folder in ("axis/test", "comparisons/train", "comparisons/validation"):
+        (tmp_path / "branch" / folder).mkdir(parents=True)
+        rows = [comparison(i) for i in (range(40) if "train" in folder else [50])]
+        datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "branch" / folder / "0000.parquet"))
+    asked: list[dict[str, Any]] = []
+
+    def from_branch(real: Any) -> Any:
+        def call(name: str, **where: Any) -> Any:
+            asked.append({"name": name, **where})
+            # Without the branch there is the script alone, which is what this library says of one.
+            if where.pop("revision", None) != "refs/convert/parquet":
+                raise RuntimeError("Dataset scripts are no longer supported, but found summarize_from_feedback.py")
+            return real(str(tmp_path / "branch"), **where)
+
+        return call
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", from_branch(datasets.get_dataset_split_names))
+    monkeypatch.setattr(datasets, "load_dataset", from_branch(datasets.load_dataset))
+    task = Summarization(SummarizationConfig(source="hub", **settings))
+    assert sum(len(task.preferences(split)) for split in SPLITS) == 41
+    assert task.preferences("test")[0].chosen == "My 50 dogs bark."
+    assert {(one["name"], one["data_dir"]) for one in asked} == {("openai/summarize_from_feedback", "comparisons")}
+    one = Summarization(SummarizationConfig(source="hub", dataset_split="validation", test_size=0, **settings))
+    assert sum(len(_or_none(one, split)) for split in SPLITS) == 1
+    with pytest.raises(PerlVlmError, match=r"comparisons has no split 'test'; it has train, validation"):
+        Summarization(SummarizationConfig(source="hub", dataset_split="test", **settings)).preferences("test")
+
+
+def _or_none(task: Summarization, split: Any) -> Sequence[Any]:
+    try:
+        return task.preferences(split)
+    except PerlVlmError:
+        return []
+
+
+def test_a_hub_that_cannot_be_reached_says_where_else_the_comparisons_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*args: Any, **settings: Any) -> Any:
+        raise OSError("no route")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
+    with pytest.raises(PerlVlmError, match=r"summarize_from_feedback/comparisons' cannot be had.*OSError: no route"):
+        Summarization(SummarizationConfig(source="hub", format="tldr")).preferences("train")

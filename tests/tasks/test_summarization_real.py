@@ -14,6 +14,7 @@ from perl_vlm.errors import PerlVlmError
 from perl_vlm.testing import check_task
 from perl_vlm.types import SPLITS
 from perl_vlm_summarization import Summarization, SummarizationConfig
+from perl_vlm_summarization.documents import document_of
 from perl_vlm_summarization.metrics import consistency
 
 pytestmark = pytest.mark.data
@@ -72,7 +73,7 @@ def test_the_proxy_for_consistency_follows_peoples_labels(data_root: Path) -> No
     metrics = pytest.importorskip("sklearn.metrics")
     task = open_set(data_root, "qags", max_document_chars=0)
     ratings = [rating for split in SPLITS for rating in task.preferences(split)]
-    proxy = [consistency(rating.messages[0].text, rating.response) for rating in ratings]
+    proxy = [consistency(document_of(rating.messages[0].text), rating.response) for rating in ratings]
     area = metrics.roc_auc_score([rating.label for rating in ratings], proxy)
     print(f"AUC of the proxy, QAGS: {area:.3f} ({len(ratings)} summaries)")
     assert area > 0.75

@@ -15,7 +15,7 @@ from perl_vlm.errors import PerlVlmError
 from perl_vlm.testing import check_task
 from perl_vlm.types import SPLITS, Example, Message
 from perl_vlm_summarization import Summarization, SummarizationConfig
-from perl_vlm_summarization.documents import Document, cut
+from perl_vlm_summarization.documents import Document, cut, document_of
 from perl_vlm_summarization.generated import COLORS, FLAWS, SHAPES, random_story
 from perl_vlm_summarization.metrics import consistency, facts, length_ratio, rouge
 
@@ -171,6 +171,28 @@ def test_consistency_by_hand() -> None:
     assert consistency(document, "Ben") == 0.0
     assert consistency(document, "") == consistency(document, " . ") == 0.0
     assert consistency(document, "the") == 1.0
+
+
+@pytest.mark.parametrize("style", ["tldr", "chat"])
+@pytest.mark.parametrize("kind", ["post", "article", "conversation"])
+def test_of_a_prompt_only_the_document_is_a_source(style: Any, kind: Any) -> None:
+    document = Document("Anna sold it.\n\nTITLE: none. POST: no", kind, "Old house", "homes")
+    (turn,) = document.prompt(style)
+    assert document_of(turn.text) == f"Old house\n\n{document.text}"
+    assert document_of(Document("Anna sold it.", kind).prompt(style)[0].text) == "Anna sold it."
+    about = Example("a", (Message("system", ("Be brief.",)), turn), reference="x")
+    for words in ("summarize this article", "a few sentences", "conversation", "post", "subreddit tl dr", "be brief"):
+        said = " ".join(word for word in words.split() if word not in document.text.lower())
+        assert Summarization().evaluate(about, said)["consistency"] == 0.0
+    assert Summarization().evaluate(about, "Anna sold it.")["consistency"] == 1.0
+    assert document_of("Say it in short: Anna sold it.") == "Say it in short: Anna sold it."
+
+
+def test_of_a_generated_prompt_only_the_document_is_a_source() -> None:
+    task = Summarization(SMALL)
+    for one in task.examples("train"):
+        assert one.messages[0].text == f"summarize this article: {document_of(one.messages[0].text)}"
+        assert task.evaluate(one, "summarize article")["consistency"] == 0.0
 
 
 def test_evaluate_gives_every_figure_and_takes_the_nearest_reference() -> None:

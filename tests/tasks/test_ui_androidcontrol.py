@@ -8,7 +8,10 @@ import json
 import random
 import re
 import struct
-from collections.abc import Mapping, Sequence
+import tracemalloc
+import zlib
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +204,33 @@ def test_an_absurd_length_is_refused_before_it_is_read(tmp_path: Path) -> None:
     length = struct.pack("<Q", 1 << 40)
     (tmp_path / "a").write_bytes(length + struct.pack("<I", masked_crc32c(length)) + b"x")
     assert "a record 1: it claims 1099511627776 bytes" in str(read_all(tmp_path / "a")[0])
+
+
+def test_a_small_file_that_unpacks_to_a_huge_record_does_not_fill_the_memory(tmp_path: Path) -> None:
+    size = 200 << 20
+    length = struct.pack("<Q", size)
+    stream = zlib.compressobj(9, wbits=31)
+    parts = [stream.compress(length + struct.pack("<I", masked_crc32c(length)))]
+    parts += [stream.compress(bytes(1 << 20)) for _ in range(size >> 20)]
+    bomb = b"".join((*parts, stream.compress(bytes(4)), stream.flush()))
+    assert len(bomb) < 300_000
+    (tmp_path / "a.tfrecord.gz").write_bytes(bomb)
+    tracemalloc.start()
+    try:
+        (error,) = read_all(tmp_path / "a.tfrecord.gz")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "a.tfrecord.gz record 1: the gzipped data is damaged" in str(error)
+    assert peak < 64 << 20
+
+
+def test_what_shrinks_well_is_unpacked_in_small_pieces(tmp_path: Path) -> None:
+    items = [bytes(5 << 20), b"x" * (3 << 20), b"end"]
+    (tmp_path / "a").write_bytes(gzip.compress(b"".join(map(record, items))))
+    assert read_all(tmp_path / "a") == items
+    pieces = [len(tfrecord._State(None, 0, 0).advance(stream) or b"") for stream in [(tmp_path / "a").open("rb")]]
+    assert pieces == [1 << 20]
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -457,6 +487,64 @@ def test_feedback_is_labels_or_pairs_and_the_same_at_every_load(folder: Path) ->
         assert task.verify(example, pair.rejected) == 0.0
     mistakes = {pair.rejected for pair in pairs.preferences("train") if pair.metadata["kind"] == "click"}
     assert len(mistakes) > 2
+
+
+APPS = ("Maps", "Zoho Meeting", "Clock", "Google Play Books", "Etsy", "Home Workout", "Mail", "CNN")
+TEXTS = ("5 pm", "pasta with tomatoes and basil", "hello", "best running shoes under 50", "Lisbon", "a", "42 Main St")
+
+
+def drawn_actions(rng: random.Random) -> list[dict[str, Any]]:
+    """Actions of an episode as they come: it opens an app, mostly clicks, scrolls down more often than up."""
+    point = {"x": 0, "y": 0}
+
+    def pointed(kind: str) -> dict[str, Any]:
+        # One in five lies on nothing that is listed but the whole screen.
+        box = rng.choice(BUTTONS) if rng.random() < 0.8 else (0, 90, 60, 120)
+        return {"action_type": kind, **point, "x": rng.randrange(box[0], box[2]), "y": rng.randrange(box[1], box[3])}
+
+    later: list[Callable[[], dict[str, Any]]] = [
+        *[lambda: pointed("click")] * 6,
+        lambda: pointed("long_press"),
+        *[lambda: {"action_type": "scroll", "direction": rng.choices(("down", "up", "left"), (6, 2, 1))[0]}] * 2,
+        *[lambda: {"action_type": "input_text", "text": rng.choice(TEXTS)}] * 2,
+        lambda: {"action_type": rng.choice(("navigate_back", "navigate_back", "navigate_home"))},
+        lambda: {"action_type": "wait"},
+    ]
+    first = {"action_type": "open_app", "app_name": rng.choice(APPS)}
+    return [first, *(rng.choice(later)() for _ in range(rng.randint(3, 9)))]
+
+
+EPISODES = 120
+FORMS: dict[str, Callable[[str], Hashable]] = {
+    "keys": lambda answer: tuple(json.loads(answer)),
+    "type": lambda answer: json.loads(answer)["action"],
+    "keys by type": lambda answer: (json.loads(answer)["action"], tuple(json.loads(answer))),
+    "length": len,
+    "length by tens": lambda answer: len(answer) // 10,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"target": "point"}, {"elements": 0}, {"elements": 2}], ids=str)
+def test_no_form_of_an_answer_tells_whether_it_is_right(tmp_path: Path, changes: dict[str, Any]) -> None:
+    rng = random.Random(5)
+    plays = [drawn_actions(rng) for _ in range(EPISODES)]
+    pictures = [[b"never looked at"] * (len(actions) + 1) for actions in plays]
+    whole = [record(episode(number, plays[number], screenshots=pictures[number])) for number in range(EPISODES)]
+    (tmp_path / "a.tfrecord").write_bytes(b"".join(whole))
+    (tmp_path / "splits.json").write_text(json.dumps({"train": list(range(EPISODES)), "validation": [], "test": []}))
+    pairs = list(control(tmp_path, feedback="pairs", **changes).preferences("train"))
+    assert len(pairs) > 600
+    rng.shuffle(pairs)
+    learned, judged = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+    for name, form in FORMS.items():
+        votes: Counter[Hashable] = Counter()
+        for pair in learned:
+            votes[form(pair.chosen)] += 1
+            votes[form(pair.rejected)] -= 1
+        # A guess from the form alone: the right one of a pair, half a point where they look the same.
+        points = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in (
+            (votes[form(pair.chosen)], votes[form(pair.rejected)]) for pair in judged)]  # fmt: skip
+        assert abs(sum(points) / len(points) - 0.5) < 0.06, (name, votes)
 
 
 def test_few_steps_are_drawn_over_the_whole_split(folder: Path) -> None:

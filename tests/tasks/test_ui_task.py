@@ -62,9 +62,9 @@ def test_drawn_screens_show_what_the_instruction_names() -> None:
                 example.metadata["boxes"] == [list(button.box)] == [example.metadata["elements"][str(action.element)]]
             )
         elif kind == "type":
-            place = instruction.removeprefix("type the color of the ").removesuffix(" shape")
+            place = instruction.removeprefix("type what is ")
             line = next(line for line in example.messages[0].text.split("\n")[1:] if line.endswith(place))
-            assert screen.buttons[int(line[0]) - 1].color == action.text  # type: ignore[attr-defined]
+            assert action.text == f"a {screen.buttons[int(line[0]) - 1].name}"  # type: ignore[attr-defined]
         else:
             button = next(one for one in screen.buttons if instruction == f"scroll to the {one.name}")  # type: ignore[attr-defined]
             assert action.direction == ("up" if button.y < 32 else "down")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from perl_vlm.testing import check_task
 from perl_vlm.types import SPLITS, ImageSlot
 from perl_vlm_vqa import VQA, VqaConfig
 from perl_vlm_vqa.hub_sets import Pope, RlaifV, RlhfV, VqaV2
+from perl_vlm_vqa.wrong_answers import Pool
 
 INSTRUCTION = "Answer the question using a single word or phrase."
 
@@ -59,12 +62,16 @@ def local(path: Path, **options: Any) -> VQA:
 
 
 def vqav2_row(number: int) -> dict[str, Any]:
-    answer, kind = [("yes", "yes/no"), ("2", "number"), ("dog", "other"), ("cat", "other"), ("3", "number")][number % 5]
-    said = [answer] * 7 + ["two" if answer == "2" else "maybe"] * 3
+    kinds = {"yes": "yes/no", "no": "yes/no", "2": "number", "3": "number", "dog": "other", "cat": "other"}
+    answer = list(kinds)[number % 6]
+    kind, said = kinds[answer], [answer] * 7 + ["two" if answer == "2" else "maybe"] * 3
     return {
         "question_type": "what is",
         "multiple_choice_answer": answer,
-        "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": n + 1} for n, a in enumerate(said)],
+        "answers": [
+            {"answer": a, "answer_confidence": "yes" if a == answer else "maybe", "answer_id": n + 1}
+            for n, a in enumerate(said)
+        ],
         "image_id": number // 2,
         "answer_type": kind,
         "question_id": 1000 + number,
@@ -78,16 +85,78 @@ def test_vqav2(write: Write) -> None:
     assert isinstance(task.adapter, VqaV2)
     check_task(task, samples=8)
     assert sum(len(task.examples(split)) for split in SPLITS) == 200
-    for example, pair in zip(task.examples("train"), task.preferences("train"), strict=True):
+    pairs = {pair.id: pair for pair in task.preferences("train")}
+    for example in task.examples("train"):
         number = int(example.id.removeprefix("train: question ")) - 1000
         assert example.messages[0].content == (ImageSlot(), f"What is {number}?\n{INSTRUCTION}")
         assert example.metadata["kind"] == vqav2_row(number)["answer_type"]
         assert len(example.metadata["answers"]) == 10
-        assert (pair.messages, pair.images, pair.chosen) == (example.messages, example.images, example.reference)
-        assert pair.rejected not in example.metadata["answers"]
+        # How sure each annotator was, beside what each said.
+        sure = ["yes" if said == example.reference else "maybe" for said in example.metadata["answers"]]
+        assert example.metadata["confidences"] == sure
+        pair = pairs.pop(f"{example.id} preference", None)
+        if pair is not None:
+            assert (pair.messages, pair.images, pair.chosen) == (example.messages, example.images, example.reference)
+            assert pair.rejected not in example.metadata["answers"]
+            assert {pair.chosen, pair.rejected} in ({"yes", "no"}, {"2", "3"}, {"dog", "cat"})
+    assert not pairs
     two = next(example for example in task.examples("train") if example.reference == "2")
     assert task.evaluate(two, "Two!") == {"accuracy": 1, "vqa_accuracy": 1}
     assert task.verify(two, "Two!") == 1
+
+
+@pytest.mark.parametrize("counts", [{"yes": 350, "no": 150}, {"white": 200, "red": 150, "blue": 100, "teal": 50}])
+def test_how_frequent_an_answer_is_does_not_tell_whether_it_is_right(write: Write, counts: dict[str, int]) -> None:
+    """The best guess without the picture: of two answers, the one that is more often right."""
+    answers = [answer for answer, count in counts.items() for _ in range(count)]
+    rows = [vqav2_row(n) | {"multiple_choice_answer": answer, "answers": None} for n, answer in enumerate(answers)]
+    rows = [row | {"answer_type": "yes/no" if "yes" in counts else "other"} for row in rows]
+    # Another sort of question with other answers must not matter.
+    rows += [row | {"question_type": "how many", "question_id": 9000 + n} for n, row in enumerate(rows[:50])]
+    pairs = [p for p in local(write(rows, "test.parquet")).preferences("test") if int(p.id.split()[2]) < 9000]
+    assert len(pairs) > 250
+    assert {pair.rejected for pair in pairs} == {pair.chosen for pair in pairs} == set(counts)
+    guessed = sum(counts[pair.chosen] > counts[pair.rejected] for pair in pairs) / len(pairs)
+    assert guessed == pytest.approx(0.5, abs=0.08)
+    for one, other in itertools.combinations(counts, 2):
+        there = sum((pair.chosen, pair.rejected) == (one, other) for pair in pairs)
+        back = sum((pair.chosen, pair.rejected) == (other, one) for pair in pairs)
+        assert abs(there - back) < 4 * (there + back) ** 0.5
+
+
+@pytest.mark.parametrize("times", [1, 20])
+def test_wrong_answers_are_drawn_as_often_as_they_are_given(times: int) -> None:
+    pool = Pool((["white"] * 30 + ["red"] * 9 + ["Blue."]) * times)
+    drawn = [pool.draw({"blue"}, random.Random(seed)) for seed in range(400)]
+    assert set(drawn) == {"white", "red"}
+    assert drawn.count("white") / 400 == pytest.approx(30 / 39, abs=0.07)
+    assert pool.draw({"white", "red", "blue"}, random.Random(0)) is None
+    assert (pool.wrong_share({"white"}), pool.largest_wrong_share) == (0.25, pytest.approx(39 / 40))
+    assert {pool.draw({"white", "red"}, random.Random(seed)) for seed in range(9)} == {"Blue."}
+
+
+def test_wrong_answers_are_answers_to_questions_of_the_same_sort(write: Write) -> None:
+    sorts = {"what color is": ["red", "blue"], "what animal is": ["dog", "cat"], "what is on": ["cup", "dog"]}
+    rows = [
+        vqav2_row(n) | {"question_type": sort, "multiple_choice_answer": answers[n // 3 % 2], "answers": None}
+        for n in range(120)
+        for sort, answers in [list(sorts.items())[n % 3]]
+    ]
+    task = local(write([row | {"answer_type": "other"} for row in rows], "test.parquet"))
+    asked = {example.id: example.metadata["question_type"] for example in task.examples("test")}
+    for pair in task.preferences("test"):
+        sort = sorts[asked[pair.id.removesuffix(" preference")]]
+        assert {pair.chosen, pair.rejected} == set(sort)
+
+
+def test_what_is_left_out_for_being_too_frequent_is_counted(write: Write) -> None:
+    rows = [vqav2_row(n) | {"multiple_choice_answer": ["yes", "no"][n % 4 == 0], "answers": None} for n in range(80)]
+    task = local(write([row | {"answer_type": "yes/no"} for row in rows], "test.parquet"))
+    kept = task.preferences("test")
+    left_out = task.skipped["test preferences of answers that are too frequent"]
+    assert len(kept) + len(left_out) == 80
+    assert sum(pair.chosen == "no" for pair in kept) == 20  # the rarer one is never left out
+    assert "'yes' is the answer to too many questions of the sort 'yes/no what is'" in left_out[0].problem
 
 
 def test_wrong_answers_differ_from_the_right_one_in_more_than_spelling(write: Write) -> None:

@@ -5,28 +5,19 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from shutil import which
-from typing import Any, Protocol
+from typing import Protocol
 
 from perl_vlm.errors import PerlVlmError
 from perl_vlm_ui_automation.actions import Action, parse_action
+from perl_vlm_ui_automation.miniwob.launch import launch, process_of
 from perl_vlm_ui_automation.miniwob.pages import INSTALL
-from perl_vlm_ui_automation.miniwob.places import Outcome, Place
+from perl_vlm_ui_automation.miniwob.places import FAILURE, Outcome, PageError, Place
 
 TABS = 4
 """Pages that a browser keeps loaded, and episodes that it keeps open."""
-VARIABLE = "PERL_VLM_CHROMIUM"
-ON_PATH = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-LAUNCH_MS = 60_000
-ARGUMENTS = (
-    "--disable-gpu",
-    "--allow-file-access-from-files",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-    "--disable-smooth-scrolling",
-)
 
 
 class Page(Protocol):
@@ -61,7 +52,13 @@ class Tabs:
 
     def visit(self, place: Place) -> Outcome:
         """Bring a page to a place and look. A page that stands there, or one action before, is taken; else the episode
-        is played again from its seed."""
+        is played again from its seed. A script error of the page's own ends the episode."""
+        try:
+            return self._visit(place)
+        except PageError as error:
+            return Outcome(reward=FAILURE, problem=str(error), broken=True)
+
+    def _visit(self, place: Place) -> Outcome:
         index = self._at(place)
         if index is not None:
             return self._look(index, place)
@@ -88,6 +85,7 @@ class Tabs:
         return self._at(place) is not None or (bool(place.actions) and self._at(place.before) is not None)
 
     def _look(self, index: int, place: Place) -> Outcome:
+        self._places[index] = None
         outcome = self._pages[index].look()
         self._places[index] = None if outcome.over else place
         self._used[index] = next(self._count)
@@ -128,18 +126,17 @@ class Chromium:
     def __init__(self, given: str | None, folder: Path, anew: Callable[[str], bool]) -> None:
         from perl_vlm_ui_automation.miniwob.tab import Tab
 
+        self.pid: int | None = None
         try:
             from playwright.sync_api import Error, sync_playwright
         except ImportError as error:
             raise PerlVlmError(
                 f"task.source is miniwob, but Playwright is not installed. Install it: {INSTALL}"
             ) from error
-        self.lost: tuple[type[Exception], ...] = (Error,)
-        """What is raised where the browser or a page is gone."""
         self._playwright = sync_playwright().start()
         try:
-            self._browser = _launch(self._playwright, given, Error)
-            self.pid = _process(self._browser)
+            self._browser = launch(self._playwright, given, Error)
+            self.pid = process_of(self._browser)
         except BaseException:
             self._playwright.stop()
             raise
@@ -164,53 +161,4 @@ class Chromium:
         for end in (self._browser.close, self._playwright.stop):
             with suppress(Exception):
                 end()
-
-
-def candidates(given: str | None, variable: str | None) -> Iterator[tuple[str, str | None]]:
-    """Browsers to try, in order, each with where it was named; None is Playwright's own.
-
-    One that was named by hand is the only one tried.
-    """
-    if given:
-        yield "task.chromium", given
-    elif variable:
-        yield VARIABLE, variable
-    else:
-        yield "Playwright", None
-        for name in ON_PATH:
-            path = which(name)
-            if path:
-                yield "PATH", path
-
-
-def _launch(playwright: Any, given: str | None, error: type[Exception]) -> Any:
-    """Start the first browser that there is."""
-    tried = []
-    for origin, path in candidates(given, os.environ.get(VARIABLE)):
-        try:
-            return playwright.chromium.launch(
-                executable_path=path,
-                args=list(ARGUMENTS),
-                headless=True,
-                timeout=LAUNCH_MS,
-                # The run decides when to stop, and needs its browsers until then.
-                handle_sigint=False,
-                handle_sigterm=False,
-                handle_sighup=False,
-            )
-        except error as problem:
-            first = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
-            tried.append(f"{path or 'its own'} ({origin}): {first.strip()}")
-    raise PerlVlmError(
-        f"task.source is miniwob, but no Chromium could be started. Tried {'; '.join(tried)}. Install one with "
-        f"`{INSTALL}` and `playwright install chromium` (or `apt install chromium`), or name one in --task.chromium or "
-        f"{VARIABLE}"
-    )
-
-
-def _process(browser: Any) -> int | None:
-    """The id of the browser's process, as it says itself; None where it does not."""
-    session = browser.new_browser_cdp_session()
-    processes = session.send("SystemInfo.getProcessInfo")["processInfo"]
-    session.detach()
-    return next((int(process["id"]) for process in processes if process["type"] == "browser"), None)
+        self.pid = None  # the system may give the number to another process

@@ -50,14 +50,10 @@ class Demonstrator:
         done = [parse_action(action) for action in place.actions]
         return format_action(self._aimed(self._oracles[place.env].script(screen, done), screen))
 
-    def first_action(self, place: Place, screen: Screen) -> str | None:
-        """The right action at the start of an episode that one action ends; None where an episode may take more."""
-        if self.turns(place.env) != 1:
-            return None
-        try:
-            return self.next_action(place, screen)
-        except Lost:
-            return None
+    def first_action(self, start: Place) -> str | None:
+        """The action that wins an episode at once, tried out; None where it may take more, or the oracle loses."""
+        moments = self.play(start) if self.turns(start.env) == 1 else None
+        return moments[0].action if moments is not None and len(moments) == 1 else None
 
     def play(self, start: Place) -> tuple[Moment, ...] | None:
         """The oracle's episode from a start; None where it does not win."""

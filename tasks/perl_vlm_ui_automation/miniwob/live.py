@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from perl_vlm_ui_automation.miniwob.records import (
     Prompts,
     place_of,
 )
+from perl_vlm_ui_automation.miniwob.splits import Splits
 
 if TYPE_CHECKING:
     from perl_vlm_ui_automation.task import UiAutomationConfig
@@ -35,6 +37,8 @@ log = logging.getLogger("perl_vlm_ui_automation")
 AS_NEW = frozenset(oracles())
 """Environments whose page, once an episode was played on it, shows the next one exactly as a page just loaded does, and
 need not be loaded again. All that have an oracle were compared; the others are not known to."""
+
+COUNTED = ("unparsable", "not_possible", "out_of_turns")
 
 _pools: dict[tuple[str | None, int], Pool] = {}
 _pools_lock = threading.Lock()
@@ -58,12 +62,18 @@ class LiveEnvironment:
     pool: Pool
     prompts: Prompts
     max_turns: int
+    _answers: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTED, 0)))
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What happened so far: ``visits``, ``restarts`` of browsers, ``unparsable`` answers, actions ``not_possible``
-        on their page, and episodes that ran ``out_of_turns``."""
-        return dict(self.pool.counts)
+        """What happened so far, under the same names at all times.
+
+        Of the browsers, which environments of one process share: ``visits`` to places that were not remembered,
+        ``lost_browsers``, ``repeats`` of visits after that, and ``page_errors``, visits that a script error of the
+        page's own ended. Of the answers given here: ``unparsable`` ones, actions ``not_possible`` on their page, and
+        episodes that ran ``out_of_turns``.
+        """
+        return {**self.pool.counts, **self._answers}
 
     def step(self, prompts: Sequence[Example], responses: Sequence[str]) -> list[Step]:
         """Carry out B answers, each where its prompt stands.
@@ -76,7 +86,7 @@ class LiveEnvironment:
             try:
                 places.append(place_of(prompt.metadata).after(format_action(parse_action(response))))
             except ActionError:
-                self.pool.count("unparsable")
+                self._answers["unparsable"] += 1
                 places.append(None)
         there = [place for place in places if place is not None]
         outcomes = dict(zip(there, self.pool.visit_all(there), strict=True))
@@ -91,12 +101,12 @@ class LiveEnvironment:
 
     def _step(self, prompt: Example, place: Place, outcome: Outcome) -> Step:
         if outcome.screen is None:
-            if outcome.problem:
-                self.pool.count("not_possible")
+            if outcome.problem and not outcome.broken:
+                self._answers["not_possible"] += 1
             return Step(reward=outcome.reward)
         turns = len(place.actions)
         if turns >= self.max_turns:
-            self.pool.count("out_of_turns")
+            self._answers["out_of_turns"] += 1
             return Step(reward=FAILURE)
         first = prompt.id.partition(" turn ")[0]
         following = Example(f"{first} turn {turns}", **self.prompts.common(place, outcome.screen))
@@ -199,14 +209,18 @@ class MiniWob:
         return Prompts(self._config.elements, self._config.hint)
 
     @cached_property
+    def _splits(self) -> Splits:
+        return Splits(self.pool)
+
+    @cached_property
     def _by(self) -> Demonstrator:
         return Demonstrator(self.pool, self._oracles, self._config.max_turns, points=not self._config.elements)
 
     def _making(self, split: Split, envs: Sequence[str]) -> tuple[
-        Split, int, int, Sequence[str], Pool, Demonstrator, Prompts
+        Split, int, int, Sequence[str], Pool, Demonstrator, Prompts, Splits
     ]:  # fmt: skip
         config = self._config
-        return split, config.size(split), config.data_seed, envs, self.pool, self._by, self._prompts
+        return split, config.size(split), config.data_seed, envs, self.pool, self._by, self._prompts, self._splits
 
     def _scripted(self, what: str) -> list[str]:
         known = [env for env in self.envs if env in self._oracles]

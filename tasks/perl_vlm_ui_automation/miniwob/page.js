@@ -30,11 +30,36 @@
       "*, *::before, *::after { caret-color: transparent !important; transition: none !important; " +
       "animation: none !important; scroll-behavior: auto !important; }";
     document.head.appendChild(style);
+    // The page's own scripts have been read. What comes later is what somebody typed (the terminal shows that as markup).
+    const policy = document.createElement("meta");
+    policy.httpEquiv = "Content-Security-Policy";
+    policy.content = "script-src 'unsafe-eval'; frame-src 'none'; object-src 'none'";
+    document.head.appendChild(policy);
   });
 
   // Nothing that is clicked leads away from the page, nor opens another.
   add.call(window, "submit", (event) => event.preventDefault());
   add.call(window, "auxclick", (event) => event.target.closest("a") && event.preventDefault(), true);
+
+  // What is copied stays in the page: the browser's clipboard is one for all of its pages.
+  let copied = "";
+  function selected() {
+    const e = document.activeElement;
+    if (!e || typeof e.selectionStart !== "number") return String(getSelection());
+    return e.type === "password" ? "" : e.value.slice(e.selectionStart, e.selectionEnd);
+  }
+  function take(event) {
+    event.preventDefault();
+    const text = selected();
+    if (!text) return;
+    copied = text;
+    if (event.type === "cut") document.execCommand("delete");
+  }
+  function give(event) {
+    event.preventDefault();
+    if (copied) document.execCommand("insertText", false, copied);
+  }
+  for (const [type, listener] of [["copy", take], ["cut", take], ["paste", give]]) add.call(window, type, listener, true);
 
   const words = (text) => (text || "").replace(/\s+/g, " ").trim();
   const native = (e) => NATIVE.has(e.tagName.toLowerCase());
@@ -167,17 +192,33 @@
   const insideLabel = (e) => e.tagName === "LABEL" && e.control !== null;
   const inlineOnly = (e) => [...e.children].every((child) => getComputedStyle(child).display.startsWith("inline"));
 
+  // Nothing else begins an episode: a click on the cover of one that has ended would begin the next, and the reward would
+  // be gone. An action may have several clicks, and the first of them may end the episode.
+  let begin = null;
+  function begun() {
+    if (!begin) throw new Error("the page of the episode was left for another");
+  }
+
   window.perlVlm = {
     // Begin the episode of a seed, on a page that was just loaded or one that is in an episode already.
     start(seed) {
+      if (!begin) {
+        begin = core.startEpisodeReal;
+        core.startEpisodeReal = () => {};
+      }
+      copied = "";
       if (core.EP_TIMER !== null) core.endEpisode(0);
       if (document.activeElement) document.activeElement.blur();
       Math.seedrandom(seed);
       core.EPISODE_MAX_TIME = 3600000;
-      core.startEpisodeReal();
+      begin();
     },
-    over: () => WOB_DONE_GLOBAL,
+    over() {
+      begun();
+      return WOB_DONE_GLOBAL;
+    },
     async look() {
+      begun();
       if (WOB_DONE_GLOBAL) return { over: true, reward: WOB_RAW_REWARD_GLOBAL };
       await settled();
       // Drawn anew as a whole: where only a part is, edges can come out one shade off, depending on what was drawn before.

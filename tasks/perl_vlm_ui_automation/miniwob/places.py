@@ -13,6 +13,10 @@ FAILURE = -1.0
 what the pages themselves give for a wrong click and for running out of time."""
 
 
+class PageError(Exception):
+    """A script of the page failed, or the page was left for another. The browser is well."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where an episode stands. The same place looks the same and is worth the same, whenever it is visited."""
@@ -59,6 +63,8 @@ class Outcome:
     """The raw reward where the episode is over, from -1 to 1."""
     problem: str = ""
     """Why the last action could not be carried out, where that ended the episode."""
+    broken: bool = False
+    """Whether a PageError ended it."""
 
     @property
     def over(self) -> bool:

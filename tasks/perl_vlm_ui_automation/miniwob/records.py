@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from perl_vlm_ui_automation.elements import describe_elements
 from perl_vlm_ui_automation.miniwob.demonstrate import Demonstrator, Moment
 from perl_vlm_ui_automation.miniwob.places import FRAME, Place, Screen
 from perl_vlm_ui_automation.miniwob.pool import Pool
+from perl_vlm_ui_automation.miniwob.splits import Splits
 
 Record = TypeVar("Record")
 
@@ -25,10 +27,15 @@ HINT = (
 SHOWN_ACTIONS = 3
 AHEAD = 8
 """Starts of episodes that are fetched before they are asked for, where records are read in order."""
-ATTEMPTS = 8
+EPISODES = 8
+"""Episodes that an oracle may lose before a record is given up."""
+ATTEMPTS = 256
+"""Seeds of a record. The first is taken whose episode belongs to the record's split."""
+_LIKELY = 2
+"""So many of them are fetched ahead."""
 _SPARE = 2**21
-_INDICES = 2**24
-_DATA_SEEDS = 2**26
+_INDICES = ATTEMPTS * _SPARE
+_DATA_SEEDS = 2**21
 USES = ("episodes", "preferences")
 
 
@@ -107,10 +114,10 @@ class _Lazy(Sequence[Record], Generic[Record]):
 
     def __init__(
         self, split: Split, size: int, data_seed: int, envs: Sequence[str], pool: Pool, by: Demonstrator,
-        prompts: Prompts,
+        prompts: Prompts, splits: Splits,
     ) -> None:  # fmt: skip
         self._split, self._size, self._data_seed, self._envs = split, size, data_seed, envs
-        self._pool, self._by, self._prompts = pool, by, prompts
+        self._pool, self._by, self._prompts, self._splits = pool, by, prompts, splits
         self._last = -1
 
     def __len__(self) -> int:
@@ -123,23 +130,38 @@ class _Lazy(Sequence[Record], Generic[Record]):
     def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
         if isinstance(index, slice):
             wanted = range(*index.indices(self._size))
-            self._pool.ahead(self._start(i) for i in wanted)
+            self._fetch(wanted)
             return [self._record(i) for i in wanted]
         position = index + self._size if index < 0 else index
         if not 0 <= position < self._size:
             raise IndexError(f"record {index} of {self._size} ({self.what}, {self._split})")
         if position == self._last + 1:
-            self._pool.ahead(self._start(i) for i in range(position, min(position + AHEAD, self._size)))
+            self._fetch(range(position, min(position + AHEAD, self._size)))
         self._last = position
         return self._record(position)
 
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(self._size))
 
+    def _starts(self, index: int) -> Iterator[tuple[Place, Screen]]:
+        """Where the episode of a record may begin: those of its seeds that belong to the split."""
+        for attempt in range(ATTEMPTS):
+            place = self._start(index, attempt)
+            screen = self._pool.visit(place).screen
+            # An episode may be over before it began, by an error of the page's.
+            if screen is not None and self._splits.holds(self._split, place.env, screen):
+                yield place, screen
+
     def _start(self, index: int, attempt: int = 0) -> Place:
-        """Where the episode of a record begins."""
         env, number = self._envs[index % len(self._envs)], index // len(self._envs)
         return Place(env, seed_for(self._data_seed, self._split, self.use, self._episode(env, number), attempt))
+
+    def _fetch(self, wanted: Sequence[int]) -> None:
+        self._pool.ahead(
+            self._start(i, attempt)
+            for i in wanted
+            for attempt in range(_LIKELY if self._splits.content(self._envs[i % len(self._envs)]) else 1)
+        )
 
     def _episode(self, env: str, number: int) -> int:
         """Which episode of its environment a record is of; ``number`` counts the environment's records."""
@@ -158,27 +180,28 @@ class LiveExamples(_Lazy[Example]):
     what = "example"
 
     def _record(self, index: int) -> Example:
-        place = self._start(index)
-        screen = self._pool.visit(place).screen
-        if screen is None:
-            raise PerlVlmError(f"MiniWoB++: the episode of {place} is over before it began")
-        reference = self._by.first_action(place, screen)
-        return Example(self._id(index), reference=reference, **self._prompts.common(place, screen))
+        for place, screen in self._starts(index):
+            reference = self._by.first_action(place)
+            return Example(self._id(index), reference=reference, **self._prompts.common(place, screen))
+        raise PerlVlmError(
+            f"MiniWoB++: none of {ATTEMPTS} seeds, such as that of {self._start(index)}, begins an episode of the "
+            f"{self._split} split. Leave the environment out of task.env"
+        )
 
 
 class _Demonstrated(_Lazy[Record]):
     """Records about moments of episodes that an oracle won."""
 
     def _moments(self, index: int) -> Iterator[tuple[Moment, ...]]:
-        for attempt in range(ATTEMPTS):
-            moments = self._by.play(self._start(index, attempt))
+        for place, _ in itertools.islice(self._starts(index), EPISODES):
+            moments = self._by.play(place)
             if moments:
                 yield moments
 
     def _hopeless(self, index: int, why: str) -> PerlVlmError:
         start = self._start(index)
         return PerlVlmError(
-            f"MiniWoB++: {why} in {ATTEMPTS} episodes of {start.env} from seed {start.seed} on. Give more "
+            f"MiniWoB++: {why} in {EPISODES} episodes of {start.env} from seed {start.seed} on. Give more "
             "task.max_turns, or leave the environment out of task.env"
         )
 

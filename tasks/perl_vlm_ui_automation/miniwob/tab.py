@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from perl_vlm_ui_automation.actions import Action
 from perl_vlm_ui_automation.elements import Element, center
 from perl_vlm_ui_automation.miniwob.keys import playwright_keys
-from perl_vlm_ui_automation.miniwob.places import FAILURE, FRAME, Outcome, Screen
+from perl_vlm_ui_automation.miniwob.limits import LOAD_S
+from perl_vlm_ui_automation.miniwob.places import FAILURE, FRAME, Outcome, PageError, Screen
 
 WINDOW = (500, 320)
 """Larger than FRAME, as in the original: pages have their scores to the right, and would be scrolled by a focus."""
@@ -27,9 +29,7 @@ LONG_PRESS_MS = 63 * TICK_MS
 LONGEST_WAIT_S = 30.0
 SCROLL_PX = 60
 """How far a turn of the wheel goes."""
-LOAD_MS = 20_000
 DRAG_STEPS = 10
-_OUTSIDE = re.compile(r"^(?!(?:file|data|blob|about):)")
 _BEGIN, _STOP = "2016-06-01T12:00:00Z", "2016-06-01T12:00:01Z"
 
 
@@ -38,7 +38,8 @@ class CannotAct(Exception):
 
 
 class Tab:
-    """A page in a context of its own: no cookies, clock or storage are shared with others.
+    """A page in a context of its own: no cookies, clock or storage are shared with others, and what is copied stays in
+    the page. It reads the pages' own files, no other file, and no network.
 
     Args:
         browser: Playwright's.
@@ -52,11 +53,13 @@ class Tab:
             device_scale_factor=1,
             offline=True,
             accept_downloads=False,
+            service_workers="block",
             locale="en-US",
             timezone_id="UTC",
         )
-        self._context.set_default_timeout(LOAD_MS)
-        self._context.route(_OUTSIDE, lambda route: route.abort())
+        self._context.set_default_timeout(1000 * LOAD_S)
+        # The folder above holds the scripts and styles that pages share.
+        self._context.route(_outside(folder.parent), _refuse_request)
         self._context.clock.install(time=_BEGIN)
         self._context.clock.pause_at(_STOP)
         self._context.add_init_script(path=Path(__file__).with_name("page.js"))
@@ -73,37 +76,64 @@ class Tab:
             self.env = None
             self._page.goto((self._folder / f"{env}.html").as_uri(), wait_until="load")
             self.env = env
-        # Off everything, so that nothing is hovered over from the episode before.
-        self._page.mouse.move(0, 0)
-        self._page.evaluate("seed => perlVlm.start(seed)", seed)
-        self._page.clock.run_for(STEP_MS)
+        with self._scripts():
+            # Off everything, so that nothing is hovered over from the episode before.
+            self._page.mouse.move(0, 0)
+            self._page.evaluate("seed => perlVlm.start(seed)", seed)
+            self._page.clock.run_for(STEP_MS)
 
     def over(self) -> bool:
         """Whether the episode has ended."""
-        return bool(self._page.evaluate("perlVlm.over()"))
+        with self._scripts():
+            return bool(self._page.evaluate("perlVlm.over()"))
 
     def look(self) -> Outcome:
         """What there is now, with a screenshot where the episode goes on."""
-        seen = self._read()
-        if seen["over"]:
-            return Outcome(reward=float(seen["reward"]))
-        return Outcome(Screen(seen["utterance"], self._elements or (), self._picture()))
+        with self._scripts():
+            seen = self._read()
+            if seen["over"]:
+                return Outcome(reward=float(seen["reward"]))
+            return Outcome(Screen(seen["utterance"], self._elements or (), self._picture()))
 
     def act(self, action: Action) -> Outcome | None:
         """Carry out one action. Where that is impossible, the end of the episode; else None."""
         try:
-            _ACTS.get(action.action, _refuse)(self, action)
+            with self._scripts():
+                _ACTS.get(action.action, _refuse)(self, action)
+                if action.action != "wait":
+                    self._page.clock.run_for(STEP_MS)
         except CannotAct as problem:
             return Outcome(reward=FAILURE, problem=str(problem))
         finally:
             self._elements = None
-        if action.action != "wait":
-            self._page.clock.run_for(STEP_MS)
         return None
 
     def close(self) -> None:
         """Close the page and its context."""
         self._context.close()
+
+    @contextmanager
+    def _scripts(self) -> Iterator[None]:
+        """Tell errors of the page's scripts, raised as PageError, from those of a browser that is gone."""
+        from playwright.sync_api import Error, TimeoutError
+
+        try:
+            yield
+        except TimeoutError:
+            raise
+        except Error as error:
+            if not self._answers():
+                raise
+            self.env = None  # who knows what state it is in
+            raise PageError(error.message.splitlines()[0]) from error
+
+    def _answers(self) -> bool:
+        from playwright.sync_api import Error
+
+        try:
+            return bool(self._page.evaluate("1 + 1") == 2)
+        except Error:
+            return False
 
     def _read(self) -> dict[str, Any]:
         seen: dict[str, Any] = self._page.evaluate("perlVlm.look()")
@@ -193,6 +223,17 @@ _ACTS: dict[str, Callable[[Tab, Action], None]] = {
     "key": Tab._key,
     "wait": Tab._wait,
 }
+
+
+def _outside(folder: Path) -> re.Pattern[str]:
+    """Addresses of anything but the files in a folder. An escaped slash or backslash is no part of a file's name."""
+    inside = re.escape(f"{folder.as_uri()}/")
+    return re.compile(rf"^(?!(?:data|blob|about):|{inside}(?![^?#]*%(?:2[fF]|5[cC])))")
+
+
+def _refuse_request(route: Any) -> None:
+    # A page whose way elsewhere is aborted stays where it is; any other error would show the browser's own page.
+    route.abort("aborted" if route.request.is_navigation_request() else "blockedbyclient")
 
 
 def _in_frame(x: int, y: int) -> tuple[int, int]:
