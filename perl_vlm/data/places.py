@@ -75,7 +75,9 @@ def _saved_tables(path: Path) -> Openers:
     if set(by_split) != {None}:
         by_split.pop(None, None)
     for key, names in by_split.items():
-        if len(names) > 1:
+        if key in names:
+            by_split[key] = [key]  # beside it, the others (test_hard, validation_mismatched) are further sets
+        elif len(names) > 1:
             # Not joined: parts with names of their own, such as train_sft and train_prefs, hold records of two sorts.
             which = f"several splits for {key}" if key else "several splits, and none is a known name"
             raise PerlVlmError(

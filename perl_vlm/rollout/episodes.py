@@ -43,7 +43,8 @@ def play(
 ) -> list[Turn[Answer]]:
     """Play an episode from every example to its end; all open episodes take their turns together.
 
-    An episode whose prompt grows longer than the model is given ends before that turn, with what it earned so far.
+    An episode whose prompt grows longer than the model is given ends before that turn, with what it earned so far and
+    the environment's ``truncated_reward``.
 
     Args:
         environment: the task's.
@@ -64,7 +65,10 @@ def play(
     for number in range(environment.max_turns):
         waiting = set(prompts)
         places, answers = _answered(prompts, answer, number)
-        truncated |= waiting - set(places)
+        for place in waiting - set(places):
+            truncated.add(place)
+            prompt, given, earned = turns[place][-1]
+            turns[place][-1] = prompt, given, earned + getattr(environment, "truncated_reward", 0.0)
         if not places:
             break
         asked = [prompts[place] for place in places]

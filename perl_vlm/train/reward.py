@@ -155,7 +155,7 @@ def feedback_loss(stage: Stage, scored: Scored, positive_weight: float, records:
 def measure(stage: Stage, best: Best, names: Sequence[str], positive_weight: float, step: int) -> dict[str, float]:
     """Validation loss and accuracy of each member, offered to ``best``."""
     config = stage.config.rm
-    records = spaced(stage.preferences("validation"), config.eval_pairs)
+    records = stage.some(stage.preferences("validation"), config.eval_pairs)
     if not records:
         raise PerlVlmError(
             f"rm.eval_every is {config.eval_every}, but task {stage.task.name} has no validation preferences to choose "
@@ -211,7 +211,7 @@ def normalise_reward(stage: Stage, names: Sequence[str]) -> None:
     how = stage.config.rm.normalise
     if how == "none":
         return
-    records = spaced(stage.preferences("validation"), ANCHOR_SAMPLES)
+    records = stage.some(stage.preferences("validation"), ANCHOR_SAMPLES)
     if len(records) < 2:
         stage.warn("there are no validation preferences to normalise the reward on: it keeps its own scale")
         return

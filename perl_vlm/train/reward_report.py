@@ -14,7 +14,7 @@ from perl_vlm.stats import auc, wins
 from perl_vlm.train.figures import ONE_GROUP, Figures, group_of, shown
 from perl_vlm.train.log import SampleLog
 from perl_vlm.train.scoring import Feedback, FeedbackScores, score_feedback
-from perl_vlm.train.stage import Stage, spaced
+from perl_vlm.train.stage import Stage
 from perl_vlm.types import Comparison, Rating
 
 SAMPLES = 32
@@ -31,7 +31,7 @@ def evaluate_reward_model(stage: Stage, names: Sequence[str], step: int = 0) -> 
     ``step`` is the one that the logged samples are from.
     """
     split = stage.config.eval.split
-    records: list[Feedback] = spaced(stage.preferences(split), stage.config.rm.eval_pairs)
+    records: list[Feedback] = stage.some(stage.preferences(split), stage.config.rm.eval_pairs)
     figures = Figures(stage.config)
     if not records:
         stage.warn(f"there are no {split} preferences to measure the reward model on")
@@ -159,7 +159,7 @@ def _areas(
 def _length_likings(stage: Stage) -> dict[str, float]:
     """For each objective 1.0 where better responses are rather the longer ones, else -1.0, by training preferences: at
     most ``rm.eval_pairs`` of them, from all over the set."""
-    records: list[Feedback] = spaced(stage.preferences("train"), stage.config.rm.eval_pairs)
+    records: list[Feedback] = stage.some(stage.preferences("train"), stage.config.rm.eval_pairs)
 
     def tokens(text: str, record: Feedback) -> int:
         return len(stage.renderer.response_ids(text, record.origin))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from perl_vlm.config import RunConfig
 from perl_vlm.data.collate import Collator
+from perl_vlm.data.lazy import Lazy
 from perl_vlm.data.rendering import PromptRenderer
 from perl_vlm.errors import Absent, PerlVlmError
 from perl_vlm.models.roles import Roles
@@ -78,10 +79,14 @@ class Stage:
         return self._usable("demonstrations", split, self.task.demonstrations, needed)
 
     def some_examples(self, split: Split, count: int) -> list[Example]:
-        """At most ``count`` usable examples of a split to measure on. A list may be several sets one after the other;
-        records that are made on access are alike, and taken in order, in which live ones are opened ahead."""
-        records = self.examples(split)
-        return (spaced if isinstance(records, list) else first)(records, count)
+        """At most ``count`` usable examples of a split to measure on."""
+        return self.some(self.examples(split), count)
+
+    def some(self, records: Sequence[Record], count: int) -> list[Record]:
+        """At most ``count`` records to measure on, from all over the set, which may be several one after the other.
+        Generated ones are alike, and live ones are opened ahead in their order: of those the first."""
+        in_order = isinstance(records, Lazy) or self.task.environment() is not None
+        return (first if in_order else spaced)(records, count)
 
     def preferences(self, split: Split) -> Sequence[Comparison | Rating]:
         """The task's usable preferences of a split; none at all is an error for ``train`` alone."""

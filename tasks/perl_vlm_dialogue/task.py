@@ -119,7 +119,7 @@ class Dialogue(DataTask):
         """Judge one response by the reference.
 
         Returns:
-            ``match``: how near it comes, in [0, 1]: token F1 of texts, F1 of the arguments of calls (``scoring``);
+            ``match``: how near it comes, in [0, 1]: token F1 of texts, F1 of name and arguments of calls (``scoring``);
             ``exact``: 1 where they are the same after normalisation. For Taskmaster also ``malformed``: 1 for what is
             neither ``say ...`` nor a call that can be read; and, where the reference is a call, ``call_name``: 1 for a
             call of the same API.

@@ -9,7 +9,7 @@ from typing import Any
 from perl_vlm.data.adapters import Row
 from perl_vlm.data.columns import require
 from perl_vlm.data.messages import check_text, show
-from perl_vlm.errors import BadRecord, PerlVlmError
+from perl_vlm.errors import Absent, BadRecord
 from perl_vlm.types import Comparison, Example, Message, Split
 from perl_vlm_summarization.documents import Document, DocumentSource, cut, field
 
@@ -129,9 +129,9 @@ class Posts(DocumentSource):
         )
 
 
-def no_preferences(place: str, what: str) -> PerlVlmError:
+def no_preferences(place: str, what: str) -> Absent:
     """The error for preferences of a set that has none."""
-    return PerlVlmError(
+    return Absent(
         f"{place} holds {what} and no preferences, so it cannot train a reward model. Train "
         "one on TL;DR (perl-vlm summarization rm --config rm) and name its run here: --ppo.reward_model RUN_FOLDER."
     )

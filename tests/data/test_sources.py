@@ -347,7 +347,7 @@ def test_what_is_not_there_is_named_with_what_is_near(tmp_path: Path) -> None:
     [
         ("a.json", b"[1, 2"),
         ("a.jsonl.gz", b"no gzip"),
-        ("a.jsonl.gz", gzip.compress(b"x" * 1000)[:20]),
+        ("a.jsonl.gz", gzip.compress(b"x" * 1000, mtime=0)[:20]),
         ("b.parquet", b"PAR1 no parquet"),
         ("a.csv", b"prompt\n\xff\xfe\n"),
         ("a.json", b"[" * 100_000),

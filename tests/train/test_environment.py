@@ -163,6 +163,11 @@ def test_an_episode_whose_prompt_grows_too_long_ends_there_with_what_it_earned()
         ("e0", 1.25, False), ("e0/2", 1.0, False), ("e1", 0.25, True), ("e2", 1.25, False), ("e2/2", 1.0, False),
     ]  # fmt: skip
     assert asked[-1] == ["e0/2", "e2/2"]
+    # What failing costs there, lest writing on and on pays better than failing.
+    world = Corridor()
+    world.truncated_reward = -1.0  # type: ignore[attr-defined]
+    cut = [turn.prompt.metadata["episode_return"] for turn in play(world, starts, answer) if turn.episode == 1]
+    assert cut == [-0.75]
     with pytest.raises(TooLong):
         play(Corridor(), [door("e1/2", "first")], answer)  # a task's own first prompt is a bad record
 

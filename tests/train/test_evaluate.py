@@ -14,6 +14,7 @@ import yaml
 
 from perl_vlm.config import EvalConfig, LoraConfig, PpoConfig, RunConfig
 from perl_vlm.data.images import BlankImage, ImageBytes
+from perl_vlm.data.lazy import Lazy
 from perl_vlm.errors import BadRecord, PerlVlmError
 from perl_vlm.models.roles import REFERENCE
 from perl_vlm.stats import bootstrap_mean, paired_bootstrap
@@ -221,8 +222,17 @@ def test_one_group_alone_gets_no_verdict_and_the_report_says_why(stage_of: Stage
     assert "interval" not in rows["Wins"]
 
 
-def test_a_list_is_evaluated_all_over_and_what_is_made_on_access_in_order(stage_of: StageOf) -> None:
-    """A list may be several sets one after the other; the pages of live examples are opened ahead in order."""
+class Alike(Lazy[Example]):
+    """Generated examples."""
+
+    what = "example"
+
+    def _record(self, index: int) -> Example:
+        return ask(index)
+
+
+def test_sets_are_evaluated_all_over_and_generated_examples_in_order(stage_of: StageOf) -> None:
+    """What is read may be several sets one after the other; what is generated is alike."""
     given = [ask(place % 6, metadata={"kind": "xy"[place >= 12]}) for place in range(24)]
     given = [replace(one, id=f"{place}") for place, one in enumerate(given)]
     listed = stage_of(Talk(given)).some_examples("test", 6)
@@ -230,7 +240,9 @@ def test_a_list_is_evaluated_all_over_and_what_is_made_on_access_in_order(stage_
     assert [one.metadata["kind"] for one in evaluate(stage_of(Talk(given), limit=6)).examples] == ["x"] * 3 + ["y"] * 3
     talk = Talk(given)
     talk.examples = lambda split: tuple(given)  # type: ignore[method-assign]
-    assert stage_of(talk).some_examples("test", 6) == given[:6]
+    assert [one.metadata["kind"] for one in stage_of(talk).some_examples("test", 6)] == ["x"] * 3 + ["y"] * 3
+    talk.examples = lambda split: Alike(split, 24, 0)  # type: ignore[method-assign]
+    assert stage_of(talk).some_examples("test", 6) == [ask(place) for place in range(6)]
 
 
 def test_a_judgement_that_some_answers_lack_is_compared_where_both_have_it() -> None:

@@ -1,4 +1,4 @@
-"""Starting Chromium: which one, shut off from the network, in its sandbox."""
+"""Starting Chromium: which one, and in its sandbox."""
 
 from __future__ import annotations
 
@@ -16,16 +16,7 @@ from perl_vlm_ui_automation.miniwob.pages import INSTALL
 
 VARIABLE = "PERL_VLM_CHROMIUM"
 ON_PATH = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-ARGUMENTS = (
-    "--disable-gpu",
-    "--disable-smooth-scrolling",
-    # No way to the network, not even for what does not ask as a page does: names lead nowhere, numbers to a proxy that
-    # there is not, on this machine too, and calls from page to page have the proxy alone.
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-    "--proxy-server=127.0.0.1:9",
-    "--proxy-bypass-list=<-loopback>",
-    "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
-)
+ARGUMENTS = ("--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--disable-smooth-scrolling")
 _NO_SANDBOX = re.compile("sandbox|namespace", re.IGNORECASE)
 
 log = logging.getLogger("perl_vlm_ui_automation")

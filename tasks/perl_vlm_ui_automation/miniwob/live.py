@@ -62,6 +62,7 @@ class LiveEnvironment:
     pool: Pool
     prompts: Prompts
     max_turns: int
+    truncated_reward = FAILURE
     _answers: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTED, 0)))
 
     @property
