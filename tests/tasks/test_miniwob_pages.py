@@ -512,26 +512,19 @@ def test_the_oracle_wins(pool: Pool, env: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("env", ["button-delay", "odd-or-even", "copy-paste", "guess-number", "click-collapsible-2"])
 def test_oracles_remember_nothing(pool: Pool, env: str) -> None:
-    """Episodes played turn by turn beside others are those that are played alone, and each is won."""
+    """Episodes played in turns, beside one another, are those that are played alone."""
     by = Demonstrator(pool, oracles(), max_turns=20)
-    starts = [Place(env, 3 * seed + 1) for seed in range(4)]
-    alone = {start: by.play(start) for start in starts}
-    beside: dict[Place, list[str]] = {start: [] for start in starts}
-    places = dict.fromkeys(starts, "")
-    there = {start: start for start in starts}
-    while places:
-        for start in list(places):
-            outcome = pool.visit(there[start])
-            if outcome.screen is None:
-                assert (outcome.reward == 1.0) == (alone[start] is not None)
-                del places[start]
-                continue
-            beside[start].append(by.next_action(there[start], outcome.screen))
-            there[start] = there[start].after(beside[start][-1])
-    for start in starts:
-        moments = alone[start]
-        assert moments is None or beside[start] == [moment.action for moment in moments]
-    assert sum(moments is not None for moments in alone.values()) >= 3
+    alone = {start: moments for start in (Place(env, 3 * seed + 1) for seed in range(3)) if (moments := by.play(start))}
+    assert len(alone) >= 2
+    there = {start: start for start in alone}
+    for _ in range(max(map(len, alone.values()))):
+        for start, place in there.items():
+            screen = pool.visit(place).screen
+            if screen is not None:
+                there[start] = place.after(by.next_action(place, screen))
+    assert {start: there[start].actions for start in alone} == {
+        start: tuple(moment.action for moment in moments) for start, moments in alone.items()
+    }
 
 
 # Faults
@@ -558,7 +551,7 @@ def test_a_browser_killed_in_the_middle_of_an_episode_is_replaced(pool: Pool) ->
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
 def test_a_browser_that_hangs_is_replaced(pool: Pool) -> None:
-    one = Pool(open_browser, 1, patience=3)
+    one = Pool(open_browser, 1, patience=15)
     try:
         one.visit(Place("click-test-2", 6))
         os.kill(one.processes[0], signal.SIGSTOP)
