@@ -163,14 +163,6 @@ class LongPrompt(Long):
         ]
 
 
-def test_a_long_prompt_among_wordy_ones_is_found_before_training(stage_of: StageOf) -> None:
-    """The mistake: the prompts with the most letters are taken for those with the most tokens."""
-    stage = stage_of("rm", task=LongPrompt(Bad("skip")))
-    stage.renderer.max_prompt_tokens = 20
-    assert len(stage.preferences("train")) == 99
-    assert any("row 99" in note for note in stage.notes)
-
-
 def test_truncated_answers_stay_truncated_and_long_pairs_are_counted(play: Play, stage_of: StageOf) -> None:
     """The mistake: an EOS is forced onto what the limit cut off, in rollouts or in training pairs."""
     experience = play(value="zero", max_new_tokens=3, temperature=4.0).experience
@@ -191,6 +183,11 @@ def test_truncated_answers_stay_truncated_and_long_pairs_are_counted(play: Play,
     stage.renderer.max_response_tokens = 20
     assert [record.id for record in stage.preferences("train")] == ["0", "1", "3"]
     assert any("1 of 4 train preferences were skipped" in note for note in stage.notes)
+    # The prompts with the most letters are not those with the most tokens.
+    stage = stage_of("rm", task=LongPrompt(Bad("skip")))
+    stage.renderer.max_prompt_tokens = 20
+    assert len(stage.preferences("train")) == 99
+    assert any("row 99" in note for note in stage.notes)
 
 
 def test_an_eos_inside_the_prompt_does_not_spare_the_missing_eos_penalty(

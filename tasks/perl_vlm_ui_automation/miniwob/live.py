@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("perl_vlm_ui_automation")
 
-AS_NEW = frozenset(oracles())
+AS_NEW = frozenset(oracles()) - {"multi-layouts"}
 """Environments whose page, once an episode was played on it, shows the next one exactly as a page just loaded does, and
-need not be loaded again. All that have an oracle were compared; the others are not known to."""
+need not be loaded again. All that have an oracle were compared, and one did not; the others are not known to."""
 
 COUNTED = ("unparsable", "not_possible", "out_of_turns")
 
