@@ -157,6 +157,8 @@ class Sequences:
     extra_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """For every extra that is not laid out by token: how many of its rows (patches, tiles or images, as the family has
     it) are each sequence's, B numbers. Without it rows cannot be taken."""
+    prompt_of: tuple[int, ...] | None = None
+    """B numbers, equal where rows have the same prompt with the same pictures. None where nobody said."""
 
     @property
     def prompt_width(self) -> int:

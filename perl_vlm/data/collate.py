@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,8 +24,14 @@ class Collator:
         self.renderer = renderer
 
     def prompts(self, examples: Sequence[Example]) -> Sequences:
-        """B prompts, R = 0."""
-        return self.renderer.prompts(examples)
+        """B prompts, R = 0. An example that comes several times is rendered once."""
+        seen: dict[tuple[int, int], int] = {}
+        prompt_of = [seen.setdefault((id(one.messages), id(one.images)), len(seen)) for one in examples]
+        first = dict(zip(reversed(prompt_of), reversed(examples), strict=True))
+        rendered = self.renderer.prompts([first[prompt] for prompt in range(len(seen))])
+        if len(seen) == len(examples):
+            return rendered
+        return replace(take(rendered, prompt_of), prompt_of=tuple(prompt_of))
 
     def references(self, examples: Sequence[Example]) -> Sequences:
         """B prompts with their reference answers. Raises BadRecord where one has none."""
@@ -47,6 +54,7 @@ class Collator:
         origins = [pair.origin for pair in pairs] * 2
         responses = [self.renderer.response_ids(text, origin) for text, origin in zip(texts, origins, strict=True)]
         sequences = with_responses(take(prompts, rows + rows), responses, self.renderer.backbone.pad_id)
+        sequences = replace(sequences, prompt_of=tuple(rows + rows))
         if all(pair.margin is None for pair in pairs):
             return sequences, None
         return sequences, torch.tensor([pair.margin or 0.0 for pair in pairs])

@@ -40,6 +40,7 @@ def with_responses(prompts: Sequences, responses: Sequence[Sequence[int]], pad_i
         extras=prompts.extras,
         image_counts=prompts.image_counts,
         extra_rows=prompts.extra_rows,
+        prompt_of=prompts.prompt_of,
     )
 
 
@@ -121,6 +122,7 @@ def take(sequences: Sequences, rows: Sequence[int]) -> Sequences:
         extra_rows={
             key: tuple(counts[row] for row in rows) for key, counts in sequences.extra_rows.items() if key in extras
         },
+        prompt_of=None if sequences.prompt_of is None else tuple(sequences.prompt_of[row] for row in rows),
     )
 
 
@@ -176,6 +178,7 @@ def to_device(sequences: Sequences, device: torch.device) -> Sequences:
         extras={key: value.to(device) for key, value in sequences.extras.items()},
         image_counts=sequences.image_counts,
         extra_rows=sequences.extra_rows,
+        prompt_of=sequences.prompt_of,
     )
 
 

@@ -1,4 +1,5 @@
-"""Named LoRA adapters on one model: attach, activate, save, load. The only module that imports peft.
+"""Named LoRA adapters on one model: attach, activate, save, load. Only this module and
+``fused_lora`` import peft.
 
 Adapters are never merged into the shared base: adding and subtracting them in bfloat16 rounds, and the reference and
 the reward model would drift with every switch.
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from perl_vlm.config import LoraConfig
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.adapter_files import PREFIX, WEIGHTS_FILE, check_place, read_adapter
+from perl_vlm.models.fused_lora import fuse
 from perl_vlm.models.loading import reason
 from perl_vlm.models.provenance import is_quantised
 from perl_vlm.models.targets import (
@@ -192,6 +194,8 @@ class Adapters:
         for copied in self._copies():
             if name in copied.modules_to_save:
                 _in_float32(copied.modules_to_save[name])
+        for _, layer in self._layers():
+            fuse(layer)
         self._set_magnitudes(name)
         self._active = None
         self.activate(())

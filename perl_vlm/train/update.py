@@ -35,9 +35,12 @@ def update(stage: Stage, experience: Experience, optimizer: Optimizer, step: int
     size = -(-count // config.minibatches)  # episodes of several turns give rows in any number
     shuffle = random.Random(f"{stage.config.seed}-{step}")
     records: list[dict[str, float]] = []
+    # Answers to one prompt stay together, so that it is read once for all of them; turns have prompts of their own.
+    together = config.group_size if stage.task.environment() is None else 1
     for _ in range(config.epochs):
-        rows = list(range(count))
-        shuffle.shuffle(rows)
+        groups = [range(start, min(start + together, count)) for start in range(0, count, together)]
+        shuffle.shuffle(groups)
+        rows = [row for group in groups for row in group]
         for start in range(0, count, size):
             diagnostics = accumulate(stage, experience, rows[start : start + size], step, beta)
             if config.stop_kl is not None and diagnostics["policy/approxkl_avg"] > config.stop_kl:

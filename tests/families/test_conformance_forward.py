@@ -16,6 +16,7 @@ from perl_vlm.data.images import BlankImage
 from perl_vlm.data.sequences import take, token_extras, with_responses
 from perl_vlm.errors import BadRecord
 from perl_vlm.models.forward import model_inputs
+from perl_vlm.models.shared_prefix import verdict
 from perl_vlm.models.towers import TOWERS, linear_names, lora_targets, tower_of
 from perl_vlm.rollout.sampler import decode
 from perl_vlm.types import Example, Sequences
@@ -297,3 +298,41 @@ def test_positions_count_real_tokens(bench: Bench, cell: Cell) -> None:
         assert taken is None or taken[-3:, 0].tolist() == own[:, 0].tolist()
     assert spreads == sum(bool(example.images) for example in bench.rows)
     return None
+
+
+def test_prompts_are_read_once_for_all_their_responses(bench: Bench, cell: Cell) -> None:
+    """a pair reads its prompt once"""
+    if not bench.generates:
+        return cell.not_applicable("reads prompt and response as one text")
+    pairs, _ = bench.collator.comparisons(bench.comparisons(bench.rows))
+    apart = replace(pairs, prompt_of=None)
+    found, expected = [], []
+    for batch, measured in ((pairs, found), (apart, expected)):
+        roles = bench.new_roles()
+        with counted_tokens(roles.backbone.model) as tokens:
+            values = bench.all_measures(batch, roles)
+        trained = roles.parameters("reward")
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        roles.raw_scores("reward", batch, training=True).sum().backward()
+        gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
+        measured += [*values, *gradients]
+        if batch is pairs:
+            assert verdict(roles.backbone.model) == "", "compared on the first batch, and found the same"
+        # The first of the passes compares the two ways and the head is learnt on one row; the last is a plain pass.
+        assert tokens[-1] < pairs.input_ids.numel() if batch is pairs else tokens[-1] == pairs.input_ids.numel()
+    for one, other in zip(found, expected, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, atol=5e-5 * max(1.0, other.abs().max().item()), rtol=5e-4)
+
+
+@contextmanager
+def counted_tokens(model: Any) -> Iterator[list[int]]:
+    """Cells of each batch that goes through the language tower's first layer."""
+    counts: list[int] = []
+    layers = next(module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
+    handle = layers[0].register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[:2].numel()))
+    try:
+        yield counts
+    finally:
+        handle.remove()

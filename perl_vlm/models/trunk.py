@@ -1,0 +1,118 @@
+"""Last hidden states of a batch: every sequence in a row of its own, or prompts read once for all their responses."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perl_vlm.errors import PerlVlmError
+from perl_vlm.models.backbone import Backbone, accepts
+from perl_vlm.models.block_attention import blockwise
+from perl_vlm.models.inputs import model_inputs, response_type
+from perl_vlm.models.sharding import is_sharded
+from perl_vlm.models.shared_prefix import judge, pack, packed_inputs, pays, refuse, verdict
+from perl_vlm.types import Sequences
+
+
+def trunk(model: Any, backbone: Backbone, sequences: Sequences) -> tuple[Tensor | None, Tensor | None]:
+    """Last hidden states [B, T, H], and the model's own logits of the last column [B, 1, V] where those can be had.
+
+    The model is called as a whole, with one column for its LM head, and its trunk listened to: what a family does on
+    the way to the trunk is done, and a sharded model gathers its weights as it does in any forward pass.
+    """
+    if _worth_sharing(model, sequences) and _sharing(model, backbone, sequences):
+        return _shared(model, backbone, sequences), None
+    return _separate(model, backbone, sequences)
+
+
+def _worth_sharing(model: Any, sequences: Sequences) -> bool:
+    if not sequences.response_mask.shape[1] or sequences.prompt_of is None:
+        return False
+    # The processes of a sharded base run in step: what each of them does must not depend on its own rows.
+    return is_sharded(model) or pays(sequences)
+
+
+def _separate(model: Any, backbone: Backbone, sequences: Sequences) -> tuple[Tensor | None, Tensor | None]:
+    """Every sequence in a row of its own."""
+    if accepts(backbone.model, "logits_to_keep"):
+        return own_forward(model, backbone, sequences, keep=1)
+    output = model.base_model(**model_inputs(model, backbone, sequences), use_cache=False)
+    return getattr(output, "last_hidden_state", None), None
+
+
+def _shared(model: Any, backbone: Backbone, sequences: Sequences) -> Tensor:
+    """Last hidden states [B, R + 1, H] of sequences of which several have one prompt, each prompt read once."""
+    packed = pack(sequences, backbone.pad_id)
+    inputs = packed_inputs(model, backbone, packed, fill=response_type(model))
+    with blockwise(model):
+        hidden, _ = _listened(model, backbone, inputs, keep=1)
+    if hidden is None:
+        raise PerlVlmError(f"{type(model).__name__} does not show its last hidden states")
+    return packed.unpack(hidden)
+
+
+def _sharing(model: Any, backbone: Backbone, sequences: Sequences) -> bool:
+    """Whether prompts may be shared: compared with separate rows on the first batch that this base sees."""
+    known = verdict(backbone.model)
+    if known is None:
+        known = _try_sharing(model, backbone, sequences)
+        if known:
+            warnings.warn(
+                f"{backbone.name}: sides of a pair that share a prompt go through the model as rows of their own, "
+                f"which takes longer: {known}",
+                stacklevel=2,
+            )
+    return not known
+
+
+@torch.no_grad()
+def _try_sharing(model: Any, backbone: Backbone, sequences: Sequences) -> str:
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:  # dropout would make any two passes differ
+            module.training = False
+        separate, _ = _separate(model, backbone, sequences)
+        if separate is None:
+            return ""
+        width = sequences.response_mask.shape[1]
+        real = torch.cat([sequences.response_mask[:, :1] | True, sequences.response_mask], dim=1)
+        return judge(backbone.model, _shared(model, backbone, sequences), separate[:, -width - 1 :], real)
+    except (PerlVlmError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        refuse(backbone.model, why := f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return why
+    finally:
+        for module in training:
+            module.training = True
+
+
+def own_forward(
+    model: Any, backbone: Backbone, sequences: Sequences, *, keep: int | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """The model's own forward pass: last hidden states [B, T, H] if its trunk shows them, and the logits of at least
+    the last ``keep`` columns, [B, n, V] (by default of all)."""
+    return _listened(model, backbone, model_inputs(model, backbone, sequences), keep=keep)
+
+
+def _listened(
+    model: Any, backbone: Backbone, inputs: dict[str, Any], *, keep: int | None
+) -> tuple[Tensor | None, Tensor]:
+    """A forward pass with these inputs, and what the trunk showed on the way."""
+    shown: list[Tensor] = []
+
+    def listen(module: nn.Module, arguments: Any, output: Any) -> None:
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is not None:
+            shown.append(hidden)
+
+    limit = {"logits_to_keep": keep} if keep is not None and accepts(backbone.model, "logits_to_keep") else {}
+    # Nearly every head calls the base model; OPT's calls the decoder in it. The outer one speaks last.
+    handles = [part.register_forward_hook(listen) for part in {model.base_model, model.get_decoder()}]
+    try:
+        logits = model(**inputs, **limit, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return (shown[-1] if shown else None), logits
