@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 QUERIES = 128
 """Queries of a block; of 64 to 384 the fastest."""
@@ -145,6 +146,21 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blo
     return _BlockAttention.apply(query, key, value, scale, blocks)  # type: ignore[no-untyped-call, no-any-return]
 
 
+def next_token_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, seen: Tensor | None) -> Tensor:
+    """Attention of one query a row, [M, H, 1, D], without a copy of the keys for every query head that shares them.
+
+    Args:
+        query: [M, H, 1, D].
+        key, value: [M, K, L, D], K dividing H.
+        scale: of the scores.
+        seen: [M or 1, 1, 1, L] bool; None where everything is.
+    """
+    scores = (_grouped(query, key.shape[1]) * scale) @ key.mT
+    if seen is not None:
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    return _ungrouped(scores.softmax(dim=-1) @ value, query.shape[1])
+
+
 # -- as transformers calls it --------------------------------------------------------------------------------------
 
 _NAME = "perl_vlm_blocks"
@@ -180,10 +196,13 @@ def _forward(
 ) -> tuple[Tensor, None]:
     blocks = getattr(attention_mask, "blocks", None)
     plain = not dropout and not any(options.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
-    if blocks is None or not plain or key.shape[-1] != value.shape[-1]:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)  # type: ignore[no-any-return]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return block_attention(query, key, value, scale, blocks).transpose(1, 2).contiguous(), None
+    if plain and blocks is not None and key.shape[-1] == value.shape[-1]:
+        return block_attention(query, key, value, scale, blocks).transpose(1, 2).contiguous(), None
+    if plain and query.shape[2] == 1 and query.device.type == "cpu" and not torch.is_grad_enabled():
+        return next_token_attention(query, key, value, scale, attention_mask).transpose(1, 2), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)  # type: ignore[no-any-return]
 
 
 AttentionInterface.register(_NAME, _forward)
+AttentionMaskInterface.register(_NAME, sdpa_mask)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig
 
 from perl_vlm.data.rendering import PromptRenderer
 from perl_vlm.data.sequences import take, with_responses
 from perl_vlm.errors import PerlVlmError
-from perl_vlm.formulas import inverse_cdf
 from perl_vlm.models.backbone import Backbone
+from perl_vlm.models.block_attention import blockwise
 from perl_vlm.models.forward import model_inputs
-from perl_vlm.models.logits import TokenRules, drawn_from, token_rules
+from perl_vlm.models.logits import token_rules
 from perl_vlm.models.roles import Roles
+from perl_vlm.rollout.decoding import Chooser, DecodeLoop, selects_rows
 from perl_vlm.types import Rollout, Sequences
 
 
@@ -30,40 +31,6 @@ class Sampled(NamedTuple):
     """[B, R] log-prob of each sampled token, zero outside the response."""
     ended: Tensor
     """[B] bool, whether the response ended by itself."""
-
-
-class _Chooser(LogitsProcessor):
-    """Draws every token and remembers its log-prob; ``generate`` is left with the one token that was drawn.
-
-    Row b's token of step t comes from row b's t-th uniform number by inverse CDF: nothing but a row's own numbers and
-    its own distribution decides. Of a step's [B, V] nothing is kept.
-    """
-
-    def __init__(
-        self, rules: TokenRules, temperature: float, top_p: float, min_new_tokens: int, noise: Tensor | None
-    ) -> None:
-        self.rules, self.temperature, self.top_p, self.min_new_tokens = rules, temperature, top_p, min_new_tokens
-        self.noise = noise
-        self.chosen: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = len(self.chosen)
-        logits = drawn_from(
-            scores,
-            torch.tensor(step, device=scores.device),
-            self.rules,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            min_new_tokens=self.min_new_tokens,
-        )
-        logprobs = torch.log_softmax(logits, dim=-1)
-        if self.noise is None:
-            tokens = logits.argmax(dim=-1)
-        else:
-            # On a GPU a look at the values at every token would wait for it; `decode` looks once, at the end.
-            tokens = inverse_cdf(logprobs.exp(), self.noise[:, step], check=scores.device.type == "cpu")
-        self.chosen.append(logprobs.gather(1, tokens[:, None])[:, 0])
-        return torch.full_like(logits, float("-inf")).scatter_(1, tokens[:, None], 0.0)
 
 
 def episode_seeds(seed: int, step: int, first: int, count: int) -> list[int]:
@@ -127,7 +94,7 @@ def decode(
         if len(drawn_seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(drawn_seeds)} seeds")
         noise = _noise(drawn_seeds, max_new_tokens).to(backbone.device)
-    chooser = _Chooser(
+    chooser = Chooser(
         token_rules(backbone.model, backbone.eos_ids),
         1.0 if greedy else temperature,
         1.0 if greedy else top_p,
@@ -136,34 +103,38 @@ def decode(
     )
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,  # the chooser leaves one token
+        do_sample=False,  # the loop draws
         repetition_penalty=1.0,
         num_beams=1,
         eos_token_id=list(backbone.eos_ids),
         pad_token_id=backbone.pad_id,
         bos_token_id=backbone.tokenizer.bos_token_id,
     )
-    with roles.acting(role) as model:
-        inputs = model_inputs(model, backbone, prompts)
+    asked, prompt_of = _distinct(backbone.model, prompts)
+    loop = DecodeLoop(chooser, backbone.eos_ids, max_new_tokens, prompt_of, synced)
+    with roles.acting(role) as model, blockwise(model):
+        inputs = model_inputs(model, backbone, asked)
         inputs.pop("position_ids", None)  # generate() derives the same positions from the mask and advances them
-        produced = model.generate(
-            **inputs,
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([chooser]),
-            synced_gpus=synced or None,
-        )
-    drawn = produced[:, prompts.input_ids.shape[1] :]
-    tokens, ended = cut_at_end(drawn, backbone.eos_ids)
-    logprobs = torch.stack(chooser.chosen, dim=1)[:, : drawn.shape[1]]
-    lengths = torch.tensor([len(row) for row in tokens], device=logprobs.device)
-    inside = torch.arange(logprobs.shape[1], device=logprobs.device) < lengths[:, None]
-    kept = torch.where(inside, logprobs, torch.zeros_like(logprobs))
+        model.generate(**inputs, generation_config=settings, custom_generate=loop)
+    tokens, ended = cut_at_end(loop.tokens, backbone.eos_ids)
+    lengths = torch.tensor([len(row) for row in tokens], device=loop.logprobs.device)
+    inside = torch.arange(loop.logprobs.shape[1], device=loop.logprobs.device) < lengths[:, None]
+    kept = torch.where(inside, loop.logprobs, torch.zeros_like(loop.logprobs))
     if not bool(torch.isfinite(kept).all()):
         raise PerlVlmError(
             f"{backbone.name} gave probabilities that are no numbers as {role}. A lower learning rate or "
             "--dtype float32 is the usual cure"
         )
     return Sampled(tokens, kept, ended)
+
+
+def _distinct(model: Any, prompts: Sequences) -> tuple[Sequences, Sequence[int] | None]:
+    """Each prompt once, and for every row which of them it is; None where they are all different."""
+    if prompts.prompt_of is None or len(set(prompts.prompt_of)) == len(prompts) or not selects_rows(model):
+        return prompts, None
+    places: dict[int, int] = {}
+    of = [places.setdefault(prompt, len(places)) for prompt in prompts.prompt_of]
+    return take(prompts, [of.index(place) for place in range(len(places))]), of
 
 
 def _check_window(backbone: Backbone, prompts: Sequences, max_new_tokens: int) -> None:

@@ -25,6 +25,7 @@ from perl_vlm.formulas import (
     shape_scores,
     token_rewards,
 )
+from perl_vlm.models.logits import ResponseLogprobs
 from perl_vlm.models.roles import REFERENCE
 from perl_vlm.train.rewards import Rewards
 from perl_vlm.train.sampling import Episodes, sample_episodes
@@ -49,13 +50,14 @@ class Measured:
     sampled_logprobs: Tensor
     """[B, R] log-probs as the sampler saw them."""
     logprobs: Tensor
-    """[B, R] log-probs under the policy as it was when it sampled, recomputed."""
+    """[B, R] log-probs under the policy as it was when it sampled: recomputed, or, where ``ppo.recomputes`` says that
+    the update does that, the sampler's."""
     reference_logprobs: Tensor
     """[B, R] the same tokens under the reference."""
     divergence: Tensor
     """[B, R] the regulariser d_t."""
     entropy: Tensor
-    """[B, R] entropy of the sampling policy."""
+    """[B, R] entropy of the sampling policy; zero where nothing was recomputed."""
     values: Tensor
     """[B, R] value predictions before the update, zero where there is no value function."""
 
@@ -132,7 +134,10 @@ def score(
         scored = rewards.score(part, rollout.texts[start:end], examples[start:end])
         head = "value" if config.value_kind == "policy_head" else None
         exact = config.kl if learning and config.kl_in == "reward" and config.kl in EXACT_REGULARIZERS else None
-        policy = roles.logprobs("policy", part, value_head=head, divergence=exact, **sampling(config))
+        sampled = rollout.sampled_logprobs[start:end, :width]
+        policy = ResponseLogprobs(sampled, torch.zeros_like(sampled))
+        if config.recomputes if learning else config.engine == "served":
+            policy = roles.logprobs("policy", part, value_head=head, divergence=exact, **sampling(config))
         # Not cut to its own nucleus, which would be another distribution than the reference.
         reference = roles.logprobs(REFERENCE, part, **{**sampling(config), "top_p": 1.0}).logprobs
         values = policy.values
@@ -149,7 +154,7 @@ def score(
                 rewards=scored.total,
                 parts=scored.parts.T,
                 doubt=scored.doubt,
-                sampled_logprobs=rollout.sampled_logprobs[start:end, :width],
+                sampled_logprobs=sampled,
                 logprobs=policy.logprobs,
                 reference_logprobs=reference,
                 divergence=nothing if divergence is None else divergence,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from perl_vlm.train.experience import Experience, micro_size, sampling
 from perl_vlm.train.optimize import Optimizer, mean_metrics
 from perl_vlm.train.stage import Stage
 
+AGREEMENT = "rollout/logprob_agreement"
 DIAGNOSTICS = (
     "loss/policy_avg", "loss/value_avg", "loss/regularizer_avg", "policy/approxkl_avg", "policy/clipfrac_avg",
-    "val/ratio", "val/clipfrac_avg",
+    "val/ratio", "val/clipfrac_avg", "policy/entropy_avg", AGREEMENT,
 )  # fmt: skip
 
 
@@ -31,27 +32,33 @@ def update(stage: Stage, experience: Experience, optimizer: Optimizer, step: int
     With ``ppo.stop_kl`` the round ends once a minibatch finds the policy further away; its own step is not taken.
     """
     config = stage.config.ppo
-    count = len(experience)
-    size = -(-count // config.minibatches)  # episodes of several turns give rows in any number
-    shuffle = random.Random(f"{stage.config.seed}-{step}")
     records: list[dict[str, float]] = []
-    # Answers to one prompt stay together, so that it is read once for all of them; turns have prompts of their own.
+    for chosen in _minibatches(stage, len(experience), step):
+        diagnostics = accumulate(stage, experience, chosen, step, beta)
+        if config.stop_kl is not None and diagnostics["policy/approxkl_avg"] > config.stop_kl:
+            optimizer.torch.zero_grad(set_to_none=True)
+            break
+        records.append({**diagnostics, **optimizer.step()})
+    found = {**mean_metrics(records or [diagnostics]), "policy/updates": float(len(records))}
+    # Of a policy that has moved since it sampled, this says nothing about the sampler; see `experience.agreement`.
+    agreed = found.pop(AGREEMENT)
+    if config.recomputes:
+        return found
+    return {**found, AGREEMENT: agreed, "objective/entropy": found["policy/entropy_avg"]}
+
+
+def _minibatches(stage: Stage, count: int, step: int) -> Iterator[list[int]]:
+    """Rows of the round's minibatches, epoch after epoch. Answers to one prompt stay together, so that it is read once
+    for all of them; turns of an episode have prompts of their own."""
+    config = stage.config.ppo
+    size = -(-count // config.minibatches)  # episodes of several turns give rows in any number
     together = config.group_size if stage.task.environment() is None else 1
+    groups = [range(start, min(start + together, count)) for start in range(0, count, together)]
+    shuffle = random.Random(f"{stage.config.seed}-{step}")
     for _ in range(config.epochs):
-        groups = [range(start, min(start + together, count)) for start in range(0, count, together)]
-        shuffle.shuffle(groups)
-        rows = [row for group in groups for row in group]
-        for start in range(0, count, size):
-            diagnostics = accumulate(stage, experience, rows[start : start + size], step, beta)
-            if config.stop_kl is not None and diagnostics["policy/approxkl_avg"] > config.stop_kl:
-                optimizer.torch.zero_grad(set_to_none=True)
-                return _summary(records or [diagnostics], stopped=len(records))
-            records.append({**diagnostics, **optimizer.step()})
-    return _summary(records, stopped=len(records))
-
-
-def _summary(records: Sequence[dict[str, float]], *, stopped: int) -> dict[str, float]:
-    return {**mean_metrics(records), "policy/updates": float(stopped)}
+        order = shuffle.sample(groups, len(groups))
+        rows = [row for group in order for row in group]
+        yield from (rows[start : start + size] for start in range(0, count, size))
 
 
 def accumulate(stage: Stage, experience: Experience, chosen: Sequence[int], step: int, beta: float) -> dict[str, float]:
@@ -90,8 +97,9 @@ def minibatch_loss(
     on_trunk = "value" if config.value_kind == "policy_head" else None
     exact = config.kl if config.kl in EXACT_REGULARIZERS else None
     out = roles.logprobs("policy", part, value_head=on_trunk, divergence=exact, **sampling(config))
+    old = of(measured.logprobs) if config.recomputes else out.logprobs.detach()
     policy_loss, diagnostics = clipped_surrogate(
-        out.logprobs, of(measured.logprobs), of(experience.advantages), mask, clip_range=config.clip_range,
+        out.logprobs, old, of(experience.advantages), mask, clip_range=config.clip_range,
         denominator=tokens,
     )  # fmt: skip
     nothing = torch.zeros_like(policy_loss)
@@ -119,5 +127,7 @@ def minibatch_loss(
         "policy/clipfrac_avg": diagnostics["clip_fraction"],
         "val/ratio": diagnostics["ratio_mean"],
         "val/clipfrac_avg": value_clipped,
+        "policy/entropy_avg": masked_sum(out.entropy, mask) / tokens,
+        AGREEMENT: masked_sum((of(measured.sampled_logprobs) - out.logprobs).abs().exp(), mask) / tokens,
     }
     return loss, {key: value.detach() for key, value in found.items()}

@@ -17,7 +17,8 @@ from perl_vlm.formulas import logprob_agreement
 from perl_vlm.models.backbone import Backbone
 from perl_vlm.models.logits import TokenRules, token_rules
 from perl_vlm.models.roles import REFERENCE, Roles
-from perl_vlm.rollout.sampler import _Chooser, cut_at_end, decode, episode_seeds, sample_rollout
+from perl_vlm.rollout.decoding import Chooser
+from perl_vlm.rollout.sampler import cut_at_end, decode, episode_seeds, sample_rollout
 from perl_vlm.types import Example, Message, Rollout, Sequences
 
 
@@ -226,13 +227,14 @@ def test_seeds_must_fit_the_prompts(talker: Roles) -> None:
         )  # fmt: skip
 
 
-def test_the_chooser_keeps_no_logits_and_leaves_one_token() -> None:
+def test_the_chooser_keeps_no_logits() -> None:
     """PITFALLS: a rollout that keeps B x T x V logits."""
-    chooser = _Chooser(TokenRules((2,), (9,)), 1.0, 0.9, 1, torch.rand(3, 4, dtype=torch.float64))
-    for _ in range(4):
-        left = chooser(torch.zeros((3, 1), dtype=torch.long), torch.randn(3, 1000))
-        assert left.isfinite().sum(dim=1).tolist() == [1, 1, 1]
-    held = [value for value in vars(chooser).values() if isinstance(value, Tensor)] + chooser.chosen
+    chooser = Chooser(TokenRules((2,), (9,)), 1.0, 0.9, 1, torch.rand(3, 4, dtype=torch.float64))
+    rows = torch.arange(3)
+    for step in range(4):
+        tokens, logprobs = chooser(torch.randn(3, 1000), rows, step)
+        assert tokens.shape == logprobs.shape == (3,)
+    held = [value for value in vars(chooser).values() if isinstance(value, Tensor)]
     assert max(tensor.numel() for tensor in held) <= 3 * 4
 
 
@@ -275,9 +277,9 @@ def test_no_end_is_forced_onto_an_answer_that_was_cut_off(talker: Roles) -> None
 
 
 def test_the_end_is_ruled_out_for_exactly_so_many_tokens() -> None:
-    chooser = _Chooser(TokenRules((2,)), 1.0, 1.0, 3, None)
+    chooser = Chooser(TokenRules((2,)), 1.0, 1.0, 3, None)
     likeliest_is_the_end = torch.tensor([[0.0, 1.0, 5.0, 0.5]])
-    drawn = [chooser(torch.zeros((1, 1), dtype=torch.long), likeliest_is_the_end).argmax().item() for _ in range(4)]
+    drawn = [chooser(likeliest_is_the_end, torch.tensor([0]), step)[0].item() for step in range(4)]
     assert drawn == [1, 1, 1, 2]
 
 
@@ -301,19 +303,3 @@ def test_an_image_placeholder_is_never_drawn(
         everything = roles.logits(REFERENCE, rollout.sequences, temperature=5.0).softmax(dim=-1)
     assert logprob_agreement(rollout.sampled_logprobs, again, rollout.sequences.response_mask).item() < 1 + 1e-5
     assert (everything[..., list(rules.never)] == 0).all()
-
-
-def test_sharded_bases_are_waited_for(talker: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is done must go on running the model with the others."""
-    seen: list[Any] = []
-    usual = talker.backbone.model.generate
-
-    def generate(*args: Any, synced_gpus: bool | None = None, **kwargs: Any) -> Any:
-        seen.append(synced_gpus)
-        return usual(*args, **kwargs)
-
-    monkeypatch.setattr(talker.backbone.model, "generate", generate)
-    prompts = ask(talker, "what is red?")
-    decode(talker, REFERENCE, prompts, max_new_tokens=2, seeds=[0], synced=True)
-    decode(talker, REFERENCE, prompts, max_new_tokens=2, seeds=[0])
-    assert seen == [True, None]
