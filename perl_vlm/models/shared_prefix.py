@@ -258,13 +258,13 @@ _verdicts: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 """What was found of each model: nothing where sharing gives the same states, else why it does not."""
 
 
-def pays(sequences: Sequences) -> bool:
-    """Whether packed rows are shorter by a tenth or more, in cells, than separate ones."""
+def pays(sequences: Sequences, at_most: float = 0.9) -> bool:
+    """Whether packed rows have at most this share of the cells of separate ones."""
     width = sequences.prompt_width
     lengths = sequences.response_mask.sum(dim=1).tolist()
     prompts = sequences.attention_mask[:, :width].sum(dim=1).tolist()
     totals = [prompts[rows[0]] + sum(lengths[row] for row in rows) for rows in _members(sequences)]
-    return max(totals) * len(_bins(totals)) <= 0.9 * sequences.input_ids.numel()
+    return max(totals) * len(_bins(totals)) <= at_most * sequences.input_ids.numel()
 
 
 def verdict(model: Any) -> str | None:

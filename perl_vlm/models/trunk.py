@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.backbone import Backbone, accepts
-from perl_vlm.models.block_attention import blockwise
+from perl_vlm.models.block_attention import blockwise, has_blocks
 from perl_vlm.models.inputs import model_inputs, response_type
 from perl_vlm.models.sharding import is_sharded
 from perl_vlm.models.shared_prefix import judge, pack, packed_inputs, pays, refuse, verdict
@@ -23,16 +23,18 @@ def trunk(model: Any, backbone: Backbone, sequences: Sequences) -> tuple[Tensor 
     The model is called as a whole, with one column for its LM head, and its trunk listened to: what a family does on
     the way to the trunk is done, and a sharded model gathers its weights as it does in any forward pass.
     """
-    if _worth_sharing(model, sequences) and _sharing(model, backbone, sequences):
+    if _worth_packing(model, sequences) and _sharing(model, backbone, sequences):
         return _shared(model, backbone, sequences), None
     return _separate(model, backbone, sequences)
 
 
-def _worth_sharing(model: Any, sequences: Sequences) -> bool:
-    if not sequences.response_mask.shape[1] or sequences.prompt_of is None:
+def _worth_packing(model: Any, sequences: Sequences) -> bool:
+    if not sequences.response_mask.shape[1]:
         return False
-    # The processes of a sharded base run in step: what each of them does must not depend on its own rows.
-    return is_sharded(model) or pays(sequences)
+    if is_sharded(model):
+        # Its processes run in step: what each of them does must not depend on its own rows.
+        return sequences.prompt_of is not None
+    return pays(sequences, at_most=1.0 if has_blocks(model) else 0.9)
 
 
 def _separate(model: Any, backbone: Backbone, sequences: Sequences) -> tuple[Tensor | None, Tensor | None]:
@@ -61,8 +63,8 @@ def _sharing(model: Any, backbone: Backbone, sequences: Sequences) -> bool:
         known = _try_sharing(model, backbone, sequences)
         if known:
             warnings.warn(
-                f"{backbone.name}: sides of a pair that share a prompt go through the model as rows of their own, "
-                f"which takes longer: {known}",
+                f"{backbone.name}: every response goes through the model in a row of its own, behind a copy of its "
+                f"prompt, which takes longer: {known}",
                 stacklevel=2,
             )
     return not known

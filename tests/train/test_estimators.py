@@ -12,6 +12,7 @@ import torch
 
 from perl_vlm.config import LoraConfig, PpoConfig, RunConfig
 from perl_vlm.errors import PerlVlmError
+from perl_vlm.models.roles import Roles
 from perl_vlm.task import Task
 from perl_vlm.train.log import read_log
 from perl_vlm.train.pipeline import open_session
@@ -153,6 +154,33 @@ def test_the_adaptive_coefficient_aims_at_its_target(player: str, tmp_path: Path
     assert betas[0] == pytest.approx(0.01)
     for before, after, line in zip(betas, betas[1:], lines, strict=False):
         assert (after > before) == (line["objective/kl"] > 0.01)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "gae"])
+def test_learning_once_from_each_episode_needs_no_pass_for_old_logprobs(
+    advantage: Any, player: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ppo = replace(
+        BASE, steps=3, epochs=1, accumulate=2, lr=1e-3, kl_coef=0.1, max_new_tokens=3, advantage=advantage,
+        group_size=4 if advantage == "rloo" else 1,
+    )  # fmt: skip
+    passes: list[str] = []
+    usual = Roles.logprobs
+
+    def counted(roles: Roles, name: str, *arguments: Any, **options: Any) -> Any:
+        passes.append(name)
+        return usual(roles, name, *arguments, **options)
+
+    monkeypatch.setattr(Roles, "logprobs", counted)
+    short = play(Bandit(), player, tmp_path / "short", ppo)
+    assert passes.count("policy") == 3 * 2
+    passes.clear()
+    monkeypatch.setattr(PpoConfig, "recomputes", property(lambda config: True))
+    long = play(Bandit(), player, tmp_path / "long", ppo)
+    assert passes.count("policy") == 3 * 4
+    for one, other in zip(short, long, strict=True):
+        for key in ("objective/entropy", "objective/kl", "rollout/logprob_agreement", "grad_norm", "loss/policy_avg"):
+            assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
 
 
 def test_updates_end_when_the_policy_has_moved_far(player: str, tmp_path: Path) -> None:
