@@ -5,11 +5,12 @@ layers of 512 columns this is more memory than the layers' own. Here the product
 as autocast would do them, with the adapters' float32 weights rounded for the product alone; kept for backward are the
 input, which the query, key and value projections share, and its r columns under A.
 
-Shape letters: T tokens, r the ranks of all active adapters together.
+Shape letters: T tokens, r the rank of an adapter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,48 +21,60 @@ from torch.distributed.tensor import DTensor
 
 
 class _LowRank(torch.autograd.Function):
-    """y = x W' + b + (x A') B', W frozen."""
+    """y = x W' + b + sum_i (x A_i') B_i', W frozen. Adapters are added one after the other, so that one whose B is zero
+    changes no bit of what the others give."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *matrices: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        low = rows @ down.T
-        ctx.save_for_backward(x, weight, down, up, low)
-        return _linear(rows, weight, bias).addmm_(low, up.T).view(*x.shape[:-1], weight.shape[0])
+        y, lows = _linear(rows, weight, bias), []
+        for down, up in _pairs(matrices):
+            lows.append(rows @ down.T)
+            y.addmm_(lows[-1], up.T)
+        ctx.save_for_backward(x, weight, *matrices, *lows)
+        ctx.count = len(lows)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, low = ctx.saved_tensors
-        grad = grads[0].reshape(-1, weight.shape[0])
-        to_low = grad @ up
-        to_x = to_down = to_up = None
-        if ctx.needs_input_grad[0]:
-            to_x = (grad @ weight).addmm_(to_low, down).view_as(x)
-        if ctx.needs_input_grad[3]:
-            to_down = to_low.T @ x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[4]:
-            to_up = grad.T @ low
-        return to_x, None, None, to_down, to_up
+        x, weight, *rest = ctx.saved_tensors
+        matrices, lows = rest[: 2 * ctx.count], rest[2 * ctx.count :]
+        grad, rows = grads[0].reshape(-1, weight.shape[0]), x.reshape(-1, x.shape[-1])
+        to_x = grad @ weight if ctx.needs_input_grad[0] else None
+        to_matrices: list[Tensor | None] = []
+        for place, (down, up) in enumerate(_pairs(matrices)):
+            to_low = grad @ up
+            if to_x is not None:
+                to_x.addmm_(to_low, down)
+            wanted = ctx.needs_input_grad[3 + 2 * place :]
+            to_matrices += [to_low.T @ rows if wanted[0] else None, grad.T @ lows[place] if wanted[1] else None]
+        return None if to_x is None else to_x.view_as(x), None, None, *to_matrices
+
+
+def _pairs(matrices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(matrices[::2], matrices[1::2], strict=True)
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
 
 
-def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
-    """A frozen linear layer with a low-rank one beside it, [..., in] -> [..., out].
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *matrices: Tensor) -> Tensor:
+    """A frozen linear layer with low-rank ones beside it, [..., in] -> [..., out].
 
     Args:
         x: [..., in].
         weight: [out, in], frozen.
         bias: [out] or None, frozen.
-        down: [r, in], A.
-        up: [out, r], B times the adapter's scale.
+        matrices: for each adapter A, [r, in], and B times the adapter's scale, [out, r].
     """
-    if not torch.is_grad_enabled():
-        rows = x.reshape(-1, x.shape[-1])
-        return _linear(rows, weight, bias).addmm_(rows @ down.T, up.T).view(*x.shape[:-1], weight.shape[0])
-    return _LowRank.apply(x, weight, bias, down, up)  # type: ignore[no-untyped-call, no-any-return]
+    if torch.is_grad_enabled():
+        return _LowRank.apply(x, weight, bias, *matrices)  # type: ignore[no-untyped-call, no-any-return]
+    rows = x.reshape(-1, x.shape[-1])
+    y = _linear(rows, weight, bias)
+    for down, up in _pairs(matrices):
+        y.addmm_(rows @ down.T, up.T)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 class FusedLinear(PeftLinear):
@@ -91,13 +104,11 @@ class FusedLinear(PeftLinear):
             for name in names
         )
 
-    def _matrices(self, names: list[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A of all active adapters and B times their scales, in the layer's type."""
-        downs = [self.lora_A[name].weight.to(dtype) for name in names]
-        ups = [(self.lora_B[name].weight * self.scaling[name]).to(dtype) for name in names]
-        if len(names) == 1:
-            return downs[0], ups[0]
-        return torch.cat(downs), torch.cat(ups, dim=1)
+    def _matrices(self, names: list[str], dtype: torch.dtype) -> Iterator[Tensor]:
+        """Of each active adapter A and B times its scale, in the layer's type."""
+        for name in names:
+            yield self.lora_A[name].weight.to(dtype)
+            yield (self.lora_B[name].weight * self.scaling[name]).to(dtype)
 
 
 def fuse(layer: LoraLayer) -> None:
