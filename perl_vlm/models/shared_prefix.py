@@ -291,6 +291,7 @@ def judge(model: Any, packed: Tensor, separate: Tensor, real: Tensor) -> str:
     return _verdicts[model]
 
 
-def refuse(model: Any, why: str) -> None:
-    """Remember that packed rows are not for this model."""
+def refuse(model: Any, why: str) -> str:
+    """Remember, and return, why packed rows are not for this model."""
     _verdicts[model] = why
+    return why

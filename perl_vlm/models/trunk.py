@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.backbone import Backbone, accepts
 from perl_vlm.models.block_attention import blockwise, has_blocks
-from perl_vlm.models.inputs import model_inputs, response_type
+from perl_vlm.models.inputs import check_length, model_inputs, response_type
 from perl_vlm.models.sharding import is_sharded
 from perl_vlm.models.shared_prefix import judge, pack, packed_inputs, pays, refuse, verdict
 from perl_vlm.types import Sequences
@@ -47,10 +47,14 @@ def _separate(model: Any, backbone: Backbone, sequences: Sequences) -> tuple[Ten
 
 def _shared(model: Any, backbone: Backbone, sequences: Sequences) -> Tensor:
     """Last hidden states [B, R + 1, H] of sequences of which several have one prompt, each prompt read once."""
+    check_length(backbone, sequences)
     packed = pack(sequences, backbone.pad_id)
     inputs = packed_inputs(model, backbone, packed, fill=response_type(model))
     with blockwise(model):
-        hidden, _ = _listened(model, backbone, inputs, keep=1)
+        if accepts(backbone.model, "logits_to_keep"):
+            hidden, _ = _listened(model, backbone, inputs, keep=1)
+        else:  # the head alone would cost logits of every token
+            hidden = getattr(model.base_model(**inputs, use_cache=False), "last_hidden_state", None)
     if hidden is None:
         raise PerlVlmError(f"{type(model).__name__} does not show its last hidden states")
     return packed.unpack(hidden)
@@ -78,13 +82,12 @@ def _try_sharing(model: Any, backbone: Backbone, sequences: Sequences) -> str:
             module.training = False
         separate, _ = _separate(model, backbone, sequences)
         if separate is None:
-            return ""
+            return refuse(backbone.model, "it does not show its last hidden states")
         width = sequences.response_mask.shape[1]
         real = torch.cat([sequences.response_mask[:, :1] | True, sequences.response_mask], dim=1)
         return judge(backbone.model, _shared(model, backbone, sequences), separate[:, -width - 1 :], real)
     except (PerlVlmError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        refuse(backbone.model, why := f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        return why
+        return refuse(backbone.model, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
     finally:
         for module in training:
             module.training = True

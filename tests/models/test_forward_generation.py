@@ -15,6 +15,7 @@ from perl_vlm.data.render import Renderer
 from perl_vlm.models.backbone import load_backbone
 from perl_vlm.models.forward import response_logprobs
 from perl_vlm.models.roles import REFERENCE, Roles
+from perl_vlm.models.shared_prefix import refuse
 from perl_vlm.rollout.sampler import sample_rollout
 from perl_vlm.testing.families import make_family
 from perl_vlm.types import Example, ImageSlot, Message, Rollout
@@ -92,6 +93,7 @@ def test_multimodal_positions_are_counted_alike_in_generation_and_recomputation(
         seen.append(given["position_ids"][-3:])
 
     rollout_of(roles, examples_for(roles, images=True)[:1], [0])  # leaves its offset behind in the model
+    refuse(model, "rows of their own are wanted")
     handle = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
     rollout = rollout_of(roles, examples_for(roles, images=True), [1, 2, 3])
     in_generation = torch.cat(seen, dim=-1)
