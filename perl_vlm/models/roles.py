@@ -222,6 +222,11 @@ class Roles:
             own = {**own, **{f"head.{key}": value for key, value in role.head.named_parameters()}}
         return own
 
+    def clear_gradients(self, name: str) -> None:
+        """Forget the gradients of a role's own parameters."""
+        for parameter in self.parameters(name).values():
+            parameter.grad = None
+
     def counts(self, name: str) -> dict[str, int]:
         """Trainable parameters of a role by tower, and of its head."""
         counted = dict.fromkeys((*TOWERS, "head"), 0)

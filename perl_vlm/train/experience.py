@@ -27,6 +27,7 @@ from perl_vlm.formulas import (
 )
 from perl_vlm.models.logits import ResponseLogprobs
 from perl_vlm.models.roles import REFERENCE
+from perl_vlm.train.backoff import in_micro_batches
 from perl_vlm.train.rewards import Rewards
 from perl_vlm.train.sampling import Episodes, sample_episodes
 from perl_vlm.train.stage import Stage
@@ -125,44 +126,49 @@ def score(
     learning: bool = True,
 ) -> list[Measured]:
     """Measure a rollout, ``size`` rows at a time; what only an update needs is left out unless ``learning``."""
+
+    def work(rows: Sequence[int]) -> Measured:
+        return _score(stage, rollout, examples, rewards, rows, learning)
+
+    return in_micro_batches(stage, "answers to score", range(len(examples)), size, work)
+
+
+def _score(
+    stage: Stage, rollout: Rollout, examples: Sequence[Example], rewards: Rewards, rows: Sequence[int], learning: bool
+) -> Measured:
     config, roles = stage.config.ppo, stage.roles
-    found = []
-    for start in range(0, len(examples), size):
-        end = min(start + size, len(examples))
-        part = take(rollout.sequences, range(start, end))
-        width = part.response_mask.shape[1]
-        scored = rewards.score(part, rollout.texts[start:end], examples[start:end])
-        head = "value" if config.value_kind == "policy_head" else None
-        exact = config.kl if learning and config.kl_in == "reward" and config.kl in EXACT_REGULARIZERS else None
-        sampled = rollout.sampled_logprobs[start:end, :width]
-        policy = ResponseLogprobs(sampled, torch.zeros_like(sampled))
-        if config.recomputes if learning else config.engine == "served":
-            policy = roles.logprobs("policy", part, value_head=head, divergence=exact, **sampling(config))
-        # Not cut to its own nucleus, which would be another distribution than the reference.
-        reference = roles.logprobs(REFERENCE, part, **{**sampling(config), "top_p": 1.0}).logprobs
-        values = policy.values
-        if values is None and learning and "value" in roles:
-            values = roles.values("value", part)
-        divergence = policy.divergence
-        if divergence is None and config.kl not in ("none", *EXACT_REGULARIZERS):
-            divergence = sampled_divergence(config.kl, policy.logprobs, reference)
-        nothing = torch.zeros_like(reference)
-        found.append(
-            Measured(
-                mask=part.response_mask,
-                ended=rollout.ended[start:end],
-                rewards=scored.total,
-                parts=scored.parts.T,
-                doubt=scored.doubt,
-                sampled_logprobs=sampled,
-                logprobs=policy.logprobs,
-                reference_logprobs=reference,
-                divergence=nothing if divergence is None else divergence,
-                entropy=policy.entropy,
-                values=nothing if values is None else values,
-            )
-        )
-    return found
+    start, end = rows[0], rows[-1] + 1
+    part = take(rollout.sequences, range(start, end))
+    width = part.response_mask.shape[1]
+    scored = rewards.score(part, rollout.texts[start:end], examples[start:end])
+    head = "value" if config.value_kind == "policy_head" else None
+    exact = config.kl if learning and config.kl_in == "reward" and config.kl in EXACT_REGULARIZERS else None
+    sampled = rollout.sampled_logprobs[start:end, :width]
+    policy = ResponseLogprobs(sampled, torch.zeros_like(sampled))
+    if config.recomputes if learning else config.engine == "served":
+        policy = roles.logprobs("policy", part, value_head=head, divergence=exact, **sampling(config))
+    # Not cut to its own nucleus, which would be another distribution than the reference.
+    reference = roles.logprobs(REFERENCE, part, **{**sampling(config), "top_p": 1.0}).logprobs
+    values = policy.values
+    if values is None and learning and "value" in roles:
+        values = roles.values("value", part)
+    divergence = policy.divergence
+    if divergence is None and config.kl not in ("none", *EXACT_REGULARIZERS):
+        divergence = sampled_divergence(config.kl, policy.logprobs, reference)
+    nothing = torch.zeros_like(reference)
+    return Measured(
+        mask=part.response_mask,
+        ended=rollout.ended[start:end],
+        rewards=scored.total,
+        parts=scored.parts.T,
+        doubt=scored.doubt,
+        sampled_logprobs=sampled,
+        logprobs=policy.logprobs,
+        reference_logprobs=reference,
+        divergence=nothing if divergence is None else divergence,
+        entropy=policy.entropy,
+        values=nothing if values is None else values,
+    )
 
 
 def sampling(config: PpoConfig) -> dict[str, Any]:

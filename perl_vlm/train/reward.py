@@ -16,13 +16,14 @@ from perl_vlm.config import RmConfig
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.formulas import bradley_terry, label_accuracy, label_bce, pair_accuracy
 from perl_vlm.models.roles import REFERENCE
+from perl_vlm.train.backoff import in_micro_batches
 from perl_vlm.train.best import Best
 from perl_vlm.train.log import progress, say
 from perl_vlm.train.optimize import Optimizer, RoleRates, mean_metrics
 from perl_vlm.train.reward_report import evaluate_reward_model
 from perl_vlm.train.sampling import ANCHOR, noise, sample
 from perl_vlm.train.scoring import Feedback, collate_feedback, head_scores
-from perl_vlm.train.stage import DataOrder, Keeper, Stage, micro_batches, spaced
+from perl_vlm.train.stage import DataOrder, Keeper, Stage, spaced
 from perl_vlm.types import Comparison, Example, Rating, RewardHead
 
 ANCHOR_SAMPLES = 512
@@ -110,13 +111,17 @@ def train_batch(
     """Accumulate the gradient of one member's mean loss over a batch; returns what the batch looked like."""
     config = stage.config.rm
     own = stage.own(batch)
-    total, gathered = torch.zeros((), device=stage.device), []
-    for part in micro_batches(own, config.accumulate):
+
+    def work(part: Sequence[Feedback]) -> tuple[Tensor, Scored]:
         scored = forward(stage, name, part, training=True)
         loss = feedback_loss(stage, scored, positive_weight, len(batch))
         loss.backward()
-        total += loss.detach()
-        gathered.append(scored)
+        return loss.detach(), scored
+
+    done = in_micro_batches(
+        stage, "records", own, len(own) // config.accumulate, work, undo=lambda: stage.roles.clear_gradients(name)
+    )
+    total, gathered = sum((loss for loss, _ in done), torch.zeros((), device=stage.device)), [each for _, each in done]
     stage.require_finite(total, "the reward model's loss", [record.id for record in own], step + 1)
     return {"loss": stage.parallel.sum_(total).item(), **_describe(stage, gathered)}
 

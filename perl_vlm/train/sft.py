@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from functools import partial
 
-from perl_vlm.data.sequences import to_device
+import torch
+from torch import Tensor
+
+from perl_vlm.data.sequences import take, to_device
 from perl_vlm.formulas import masked_sum
 from perl_vlm.rollout.sampler import decode
+from perl_vlm.train.backoff import in_micro_batches
 from perl_vlm.train.log import SampleLog, progress, say
 from perl_vlm.train.optimize import Optimizer, RoleRates
-from perl_vlm.train.stage import DataOrder, Keeper, Stage, first, micro_batches
+from perl_vlm.train.stage import DataOrder, Keeper, Stage, first
+from perl_vlm.types import Sequences
 
 SAMPLES = 32
 
@@ -37,17 +43,14 @@ def train_sft(stage: Stage) -> dict[str, float]:
     with progress(config.steps, "sft", initial=start) as bar:
         for step in range(start, config.steps):
             batch = stage.own([records[index] for index in order.batch(step)])
-            sums = torch.zeros(2, device=stage.device)
-            batches = [stage.collator.references(part) for part in micro_batches(batch, config.accumulate)]
-            own_tokens = torch.tensor(sum(int(part.response_mask.sum()) for part in batches), device=stage.device)
-            tokens = int(stage.parallel.sum_(own_tokens))
-            for part in batches:
-                sequences = to_device(part, stage.device)
-                out = roles.logprobs("sft", sequences, training=True)
-                assert out.likeliest is not None  # logprobs always tells
-                loss = -masked_sum(out.logprobs, sequences.response_mask) / tokens
-                loss.backward()
-                sums += torch.stack([loss.detach(), masked_sum(out.likeliest, sequences.response_mask) / tokens])
+            whole = stage.collator.references(batch)
+            tokens = int(stage.parallel.sum_(whole.response_mask.sum().to(stage.device)))
+            sums = torch.stack(
+                in_micro_batches(
+                    stage, "records", range(len(batch)), len(batch) // config.accumulate,
+                    partial(learn, stage, whole, tokens), undo=lambda: roles.clear_gradients("sft"),
+                )
+            ).sum(dim=0)  # fmt: skip
             stage.require_finite(sums, "the sft loss", [record.id for record in batch], step + 1)
             loss_mean, accuracy = stage.parallel.sum_(sums).tolist()
             metrics = {
@@ -66,6 +69,17 @@ def train_sft(stage: Stage) -> dict[str, float]:
     keeper.close_logs()
     log_samples(stage)
     return {f"sft/{key}": value for key, value in metrics.items()}
+
+
+def learn(stage: Stage, batch: Sequences, tokens: int, rows: Sequence[int]) -> Tensor:
+    """Add the gradient of some rows of a batch of so many response tokens; their share, [2], of its loss and of its
+    accuracy."""
+    sequences = to_device(take(batch, rows), stage.device)
+    out = stage.roles.logprobs("sft", sequences, training=True)
+    assert out.likeliest is not None  # logprobs always tells
+    loss = -masked_sum(out.logprobs, sequences.response_mask) / tokens
+    loss.backward()
+    return torch.stack([loss.detach(), masked_sum(out.likeliest, sequences.response_mask) / tokens])
 
 
 def log_samples(stage: Stage) -> None:

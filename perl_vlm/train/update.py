@@ -11,6 +11,7 @@ from torch import Tensor
 from perl_vlm.config import EXACT_REGULARIZERS
 from perl_vlm.data.sequences import take
 from perl_vlm.formulas import clipped_surrogate, clipped_value_loss, masked_sum, sampled_divergence
+from perl_vlm.train.backoff import in_micro_batches
 from perl_vlm.train.experience import Experience, micro_size, sampling
 from perl_vlm.train.optimize import Optimizer, mean_metrics
 from perl_vlm.train.stage import Stage
@@ -67,19 +68,26 @@ def accumulate(stage: Stage, experience: Experience, chosen: Sequence[int], step
     shares = [[row for row in chosen if row in share] for share in stage.parallel.shares(len(experience))]
     size = micro_size(stage)
     own = shares[stage.parallel.rank]
-    micros = [own[start : start + size] for start in range(0, len(own), size)]
-    # The parts of a sharded base must run in step: who has fewer rows goes through one more for nothing.
-    idle = max(-(-len(share) // size) for share in shares) - len(micros) if stage.sharded else 0
-    total = torch.zeros(len(DIAGNOSTICS), device=stage.device)
-    losses = torch.zeros((), device=stage.device)
-    for rows, weight in [*((rows, 1.0) for rows in micros), *(([experience.rows[0]], 0.0) for _ in range(idle))]:
+
+    def work(rows: Sequence[int], weight: float = 1.0) -> Tensor:
         loss, diagnostics = minibatch_loss(stage, experience, rows, tokens, beta)
         (loss * weight).backward()
-        losses += weight * loss.detach()
-        total += weight * torch.stack([diagnostics[name] for name in DIAGNOSTICS])
+        return torch.stack([loss.detach(), *(diagnostics[name] for name in DIAGNOSTICS)])
+
+    def undo() -> None:
+        for name in ("policy", "value"):
+            if name in stage.roles:
+                stage.roles.clear_gradients(name)
+
+    nothing = torch.zeros(1 + len(DIAGNOSTICS), device=stage.device)
+    losses, *total = sum(in_micro_batches(stage, "episodes", own, size, work, undo=undo), nothing)
+    # The parts of a sharded base must run in step: who has fewer rows goes through one more for nothing.
+    idle = max(-(-len(share) // size) for share in shares) - -(-len(own) // size) if stage.sharded else 0
+    for _ in range(idle):
+        work([experience.rows[0]], 0.0)
     ids = [experience.rollout.example_ids[row - experience.rows.start] for row in own]
     stage.require_finite(losses, "the ppo loss", ids, step + 1)
-    return dict(zip(DIAGNOSTICS, stage.parallel.sum_(total).tolist(), strict=True))
+    return dict(zip(DIAGNOSTICS, stage.parallel.sum_(torch.stack(total)).tolist(), strict=True))
 
 
 def minibatch_loss(

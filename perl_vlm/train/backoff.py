@@ -1,0 +1,80 @@
+"""Micro-batches that fit: where memory runs out a step is begun again with smaller ones, and nothing of it is lost."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from perl_vlm.errors import PerlVlmError
+
+if TYPE_CHECKING:
+    from perl_vlm.train.stage import Stage
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def in_micro_batches(
+    stage: Stage,
+    what: str,
+    items: Sequence[Item],
+    size: int,
+    work: Callable[[Sequence[Item]], Found],
+    *,
+    undo: Callable[[], None] = lambda: None,
+) -> list[Found]:
+    """``work`` on ``size`` items at a time, in order; on fewer, from here on, where memory ran out.
+
+    What was found before that is thrown away, after ``undo``, and all items are gone through again: ``backward`` fills
+    gradients as it goes, and one that broke off has filled some.
+
+    Args:
+        what: names the kind of work, whose size is remembered for as long as the stage lives.
+        items: all of them.
+        size: at most so many at once.
+        work: must give the same whether its items come together or apart, summed up by the caller.
+        undo: takes back what ``work`` did outside itself.
+
+    Raises:
+        PerlVlmError: where a single item is too much, or several processes run: who ran out cannot tell the others,
+            which wait for its gradient.
+    """
+    while True:
+        now = max(1, min(size, stage.fits.get(what, size)))
+        try:
+            return [work(items[start : start + now]) for start in range(0, len(items), now)]
+        except RuntimeError as error:  # torch's own out-of-memory errors are such, and those of the CPU plain ones
+            if not _is_out_of_memory(error):
+                raise
+            said = str(error).partition("\n")[0]
+        undo()
+        gc.collect()
+        if stage.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if now == 1 or stage.parallel.world > 1:
+            raise PerlVlmError(_advice(stage, what, now, said))
+        stage.fits[what] = min(now, len(items)) // 2 or 1
+        stage.warn(
+            f"{stage.name}: memory ran out with {now} {what} at once ({said}); going on with {stage.fits[what]}, which "
+            "changes no gradient. --ppo.accumulate, --rm.accumulate and --sft.accumulate set it from the start"
+        )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error).lower() for part in _NO_MEMORY)
+
+
+def _advice(stage: Stage, what: str, now: int, said: str) -> str:
+    cures = "a smaller --lora rank, shorter --max_prompt_tokens, --load_in_4bit true, or a smaller model"
+    if now > 1:
+        world = stage.parallel.world
+        cures = f"a larger --{stage.name}.accumulate (with {world} processes it is not lowered by itself), {cures}"
+    return (
+        f"memory ran out in {stage.name} with {now} {what} at once: {said}. What helps: {cures}. `perl-vlm plan` "
+        "predicts what fits"
+    )
