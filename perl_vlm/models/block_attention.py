@@ -143,7 +143,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blo
         scale: of the scores.
         blocks: from ``blocks_of``.
     """
-    return _BlockAttention.apply(query, key, value, scale, blocks)  # type: ignore[no-untyped-call, no-any-return]
+    return _BlockAttention.apply(query, key, value, scale, blocks)
 
 
 def next_token_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, seen: Tensor | None) -> Tensor:
@@ -207,7 +207,7 @@ def _forward(
         return block_attention(query, key, value, scale, blocks).transpose(1, 2).contiguous(), None
     if plain and query.shape[2] == 1 and query.device.type == "cpu" and not torch.is_grad_enabled():
         return next_token_attention(query, key, value, scale, attention_mask).transpose(1, 2), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)  # type: ignore[no-any-return]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
 
 
 AttentionInterface.register(_NAME, _forward)

@@ -69,7 +69,7 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *matrices: T
         matrices: for each adapter A, [r, in], and B times the adapter's scale, [out, r].
     """
     if torch.is_grad_enabled():
-        return _LowRank.apply(x, weight, bias, *matrices)  # type: ignore[no-untyped-call, no-any-return]
+        return _LowRank.apply(x, weight, bias, *matrices)
     rows = x.reshape(-1, x.shape[-1])
     y = _linear(rows, weight, bias)
     for down, up in _pairs(matrices):
@@ -84,7 +84,7 @@ class FusedLinear(PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
         if not names or args or kwargs or not self._is_plain(x, names):
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(x, *args, **kwargs)
         base = self.get_base_layer()
         return low_rank_linear(x, base.weight, base.bias, *self._matrices(names, x.dtype))
 

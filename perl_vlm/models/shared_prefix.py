@@ -285,7 +285,10 @@ def judge(model: Any, packed: Tensor, separate: Tensor, real: Tensor) -> str:
     """
     ours, theirs = packed[real].double(), separate[real].double()
     away = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
-    limit = TOLERANCE[packed.dtype]
+    device = packed.device.type
+    # A full copy holds float32 weights and may multiply in bfloat16.
+    arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else packed.dtype
+    limit = TOLERANCE[arithmetic]
     # Not a number is not within it either.
     _verdicts[model] = "" if away <= limit else f"its states differ by {away:.2g} of their size, {limit:g} is allowed"
     return _verdicts[model]

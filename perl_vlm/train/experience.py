@@ -26,6 +26,7 @@ from perl_vlm.formulas import (
     token_rewards,
 )
 from perl_vlm.models.logits import ResponseLogprobs
+from perl_vlm.models.pictures import remembering_pictures
 from perl_vlm.models.roles import REFERENCE
 from perl_vlm.train.backoff import in_micro_batches
 from perl_vlm.train.rewards import Rewards
@@ -128,7 +129,8 @@ def score(
     """Measure a rollout, ``size`` rows at a time; what only an update needs is left out unless ``learning``."""
 
     def work(rows: Sequence[int]) -> Measured:
-        return _score(stage, rollout, examples, rewards, rows, learning)
+        with remembering_pictures(stage.roles.backbone.model):
+            return _score(stage, rollout, examples, rewards, rows, learning)
 
     return in_micro_batches(stage, "answers to score", range(len(examples)), size, work)
 

@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils import set_seed
@@ -31,6 +31,9 @@ from perl_vlm.train.state import optimizer_state, restore_optimizer, restore_rng
 from perl_vlm.train.validate import prompt_limit, usable_records
 from perl_vlm.types import Comparison, Example, Rating, Split
 
+if TYPE_CHECKING:
+    from perl_vlm.rollout.served import ServedEngine
+
 Record = TypeVar("Record")
 
 
@@ -52,6 +55,10 @@ class Stage:
     """Records that were looked at already, shared by the stages of a run."""
     notes: list[str] = field(default_factory=list)
     """What the report should say in words; shared by the stages of a run."""
+    fits: dict[str, int] = field(default_factory=dict)
+    """How many rows of each kind of work memory has room for, where it ran out with more; see ``in_micro_batches``."""
+    engine: ServedEngine | None = None
+    """Who samples as the policy in its training, where this process does not."""
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +73,7 @@ class Stage:
     def rows_at_once(self) -> int:
         """Records that the reward model is measured on at once: no more than it trains on at once."""
         training = self.config.rm.batch_size // (self.config.rm.accumulate * self.parallel.world)
-        return max(1, min(self.config.eval.batch_size, training))
+        return max(1, min(self.config.eval.batch_size, training, self.fits.get("records", training)))
 
     def examples(self, split: Split, *, needed: bool = True) -> Sequence[Example]:
         """The task's usable examples of a split. Raises PerlVlmError where there are none, if they are ``needed``."""
@@ -245,12 +252,6 @@ def spaced(records: Sequence[Record], count: int) -> list[Record]:
     rng = random.Random(f"{size}-{count}-spaced")
     ends = [place * size // count for place in range(count + 1)]
     return [records[rng.randrange(start, end)] for start, end in itertools.pairwise(ends)]
-
-
-def micro_batches(records: Sequence[Record], parts: int) -> list[Sequence[Record]]:
-    """Cut into ``parts`` runs of equal length (``parts`` divides the length)."""
-    size = len(records) // parts
-    return [records[start : start + size] for start in range(0, len(records), size)]
 
 
 class Keeper:

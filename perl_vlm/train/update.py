@@ -11,6 +11,7 @@ from torch import Tensor
 from perl_vlm.config import EXACT_REGULARIZERS
 from perl_vlm.data.sequences import take
 from perl_vlm.formulas import clipped_surrogate, clipped_value_loss, masked_sum, sampled_divergence
+from perl_vlm.models.pictures import remembering_pictures
 from perl_vlm.train.backoff import in_micro_batches
 from perl_vlm.train.experience import Experience, micro_size, sampling
 from perl_vlm.train.optimize import Optimizer, mean_metrics
@@ -70,7 +71,8 @@ def accumulate(stage: Stage, experience: Experience, chosen: Sequence[int], step
     own = shares[stage.parallel.rank]
 
     def work(rows: Sequence[int], weight: float = 1.0) -> Tensor:
-        loss, diagnostics = minibatch_loss(stage, experience, rows, tokens, beta)
+        with remembering_pictures(stage.roles.backbone.model):
+            loss, diagnostics = minibatch_loss(stage, experience, rows, tokens, beta)
         (loss * weight).backward()
         return torch.stack([loss.detach(), *(diagnostics[name] for name in DIAGNOSTICS)])
 

@@ -15,6 +15,7 @@ from torch import nn
 from perl_vlm.data.images import BlankImage
 from perl_vlm.data.sequences import take, token_extras, with_responses
 from perl_vlm.errors import BadRecord
+from perl_vlm.models import shared_prefix
 from perl_vlm.models.forward import model_inputs
 from perl_vlm.models.shared_prefix import refuse, verdict
 from perl_vlm.models.towers import TOWERS, linear_names, lora_targets, tower_of
@@ -265,9 +266,23 @@ def captured(bench: Bench, batch: Sequences) -> dict[str, Any]:
     """What the decoder (of an encoder: the model) is called with while a batch is measured."""
     own, heard = bench.roles.backbone.model, []
     trunk = own.get_submodule(PARTS[bench.name][2]) if bench.sees else own.base_model
-    with listening(trunk, heard):
+    with listening(trunk, heard), rows_of_their_own(own):
         bench.measure("scores", batch)
     return heard[-1]
+
+
+@contextmanager
+def rows_of_their_own(model: Any) -> Iterator[None]:
+    """Within, no two sequences share a row."""
+    known = verdict(model)
+    refuse(model, "rows of their own are wanted")
+    try:
+        yield
+    finally:
+        if known is None:
+            shared_prefix._verdicts.pop(model)
+        else:
+            refuse(model, known)
 
 
 def test_positions_count_real_tokens(bench: Bench, cell: Cell) -> None:

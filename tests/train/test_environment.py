@@ -257,7 +257,8 @@ def test_a_reward_that_is_not_the_environments_is_refused(walker: str, tmp_path:
     [
         {"advantage": "rloo", "group_size": 4},
         pytest.param({"advantage": "gae"}, marks=pytest.mark.slow),
-        pytest.param({"advantage": "reinforce", "epochs": 1}, marks=pytest.mark.slow),
+        # At twice the rate one seed in five walks into a wall; at this one, five of five found the way.
+        pytest.param({"advantage": "reinforce", "epochs": 1, "lr": 5e-3, "value_lr": 5e-3}, marks=pytest.mark.slow),
     ],
     ids=["rloo", "gae", "reinforce"],
 )
