@@ -27,6 +27,7 @@ COMMANDS = {
     "tasks": "the registered tasks and where they come from",
     "new-task": "write a distribution with a task of your own to start from: NAME [--out DIR]",
     "models": "what a model is made of, and trained models as plain ones: inspect NAME, export RUN --out DIR",
+    "plan": "peak memory and time of a stage before it runs: --model NAME --stage sft|rm|ppo --gpu 24GB|NAME",
     "doctor": "versions, devices, plugins, and what would go wrong",
 }
 _INTERRUPTED = 130
@@ -106,6 +107,10 @@ def _command(name: str, rest: list[str]) -> int:
         from perl_vlm.models_command import models
 
         return models(rest)
+    if name == "plan":
+        from perl_vlm.plan.command import plan
+
+        return plan(rest)
     if name == "new-task":
         from perl_vlm.new_task import new_task
 

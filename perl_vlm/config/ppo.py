@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from perl_vlm.config.checks import require
 from perl_vlm.config.stages import OptimizerConfig
@@ -101,6 +102,22 @@ class PpoConfig(OptimizerConfig):
     """Rounds between measurements of the reward on validation prompts; the best policy is kept. Never if not given."""
     eval_prompts: int = 256
     """Validation prompts of that measurement."""
+    engine: Literal["local", "served"] = "local"
+    """Who samples: this process, or a vLLM server that gets the policy's adapter before each round. Needs tuning lora.
+    docs/served-rollouts.md has the server's flags."""
+    engine_url: str | None = None
+    """The server's root, such as http://127.0.0.1:8000. Its key, if it wants one, goes into the environment variable
+    PERL_VLM_ENGINE_TOKEN."""
+    engine_adapters: str | None = None
+    """The folder in which the server finds the adapters, under this same path; engine/ in the run's folder when not
+    given."""
+    engine_timeout: float = 600.0
+    """Seconds that the server has for one answer, the wait for its turn included."""
+    engine_requests: int = 64
+    """Requests under way at once, from each process."""
+    canary_every: int = 50
+    """Adapters pushed between two looks at whether the server applies them, every tower's, besides the look before the
+    first round."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +133,10 @@ class PpoConfig(OptimizerConfig):
             f"({self.max_new_tokens})",
         )
         require(0 < self.top_p <= 1, f"ppo.top_p is {self.top_p}; it must lie in (0, 1]")
-        for name in ("temperature", "clip_range", "kl_target", "kl_horizon", "eval_prompts"):
+        for name in (
+            "temperature", "clip_range", "kl_target", "kl_horizon", "eval_prompts", "engine_timeout", "engine_requests",
+            "canary_every",
+        ):  # fmt: skip
             require(getattr(self, name) > 0, f"ppo.{name} is {getattr(self, name)}; it must be positive")
         for name in ("gamma", "lam"):
             require(0 <= getattr(self, name) <= 1, f"ppo.{name} is {getattr(self, name)}; it must lie in [0, 1]")
@@ -127,6 +147,7 @@ class PpoConfig(OptimizerConfig):
             require(value is None or value > 0, f"ppo.{name} is {value}; it must be positive, or null")
         self._check_groups()
         self._check_regularizer()
+        self._check_engine()
 
     def _check_groups(self) -> None:
         require(
@@ -184,12 +205,46 @@ class PpoConfig(OptimizerConfig):
             "or ppo.kl_in reward",
         )
 
+    def _check_engine(self) -> None:
+        require(
+            self.engine == "local" or self.engine_url is not None,
+            "ppo.engine served needs ppo.engine_url, the address of a vLLM server, such as http://127.0.0.1:8000",
+        )
+        if self.engine_url is None:
+            return
+        try:
+            url = urlsplit(self.engine_url)
+            usable = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0
+        except ValueError:
+            usable = False
+        printable = self.engine_url.isascii() and self.engine_url.isprintable() and " " not in self.engine_url
+        # Told apart without repeating it: the settings are written down, and so is what is said here.
+        require(usable and printable, "ppo.engine_url cannot be used; write it as http://HOST:PORT in plain ASCII")
+        require(
+            "@" not in url.netloc and not url.query and not url.fragment,
+            "ppo.engine_url carries more than an address. Take the rest out; the server's key goes into the "
+            "environment variable PERL_VLM_ENGINE_TOKEN",
+        )
+        require(
+            not url.path.rstrip("/").endswith("/v1"),
+            "ppo.engine_url ends in /v1; give the server's root, such as http://127.0.0.1:8000",
+        )
+
     @property
     def value_kind(self) -> Literal["reward", "zero", "policy_head", "none"]:
         """What ``auto`` means for this advantage estimator."""
         if self.value != "auto":
             return self.value
         return "none" if self.advantage in ("rloo", "grpo") else "reward"
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the log-probs that the update compares with come from a pass of their own before it. Where every
+        episode is learned from once, in one step, the update's own pass gives them; but a served engine's are another
+        program's, and values and exact divergences in the reward are wanted before."""
+        once = self.epochs == 1 and self.minibatches == 1 and self.engine == "local"
+        early = self.kl_in == "reward" and self.kl in EXACT_REGULARIZERS
+        return not once or early or self.value_kind == "policy_head"
 
     @property
     def whitens_advantages(self) -> bool:

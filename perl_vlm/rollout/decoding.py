@@ -64,7 +64,7 @@ class Chooser:
         return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' caches are untyped
+class RoomyLayer(DynamicLayer):
     """A cache layer with room for ``capacity`` tokens, which are written in place."""
 
     def __init__(self, capacity: int) -> None:

@@ -29,9 +29,20 @@ def noise(stage: Stage, step: int, places: Sequence[int], turn: int = 0) -> list
 def sample(
     stage: Stage, role: str, examples: Sequence[Example], seeds: Sequence[int], rows: int | None = None
 ) -> Rollout:
-    """One response to each example as ``role``, with the settings of ``ppo``, ``rows`` at a time."""
+    """One response to each example as ``role``, with the settings of ``ppo``, ``rows`` at a time; the policy's from the
+    rollout server, where the stage has one."""
     config = stage.config.ppo
     prompts = with_room(stage.collator.prompts(examples), examples, stage.renderer, config.max_new_tokens)
+    if stage.engine is not None and role == "policy":
+        return stage.engine.sample_rollout(
+            to_device(prompts, stage.device),
+            examples,
+            max_new_tokens=config.max_new_tokens,
+            min_new_tokens=config.min_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seeds=seeds,
+        )
     return sample_rollout(
         stage.roles,
         role,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.backbone import load_backbone
 from perl_vlm.models.roles import Roles
 from perl_vlm.models.sharding import shard_base
+from perl_vlm.rollout.protocol import Client
 from perl_vlm.rollout.scorers.spec import parse_reward
+from perl_vlm.rollout.served import ServedEngine, check_servable
 from perl_vlm.task import Task
 from perl_vlm.train.judge import refuse_judge, refuse_missing
 from perl_vlm.train.log import say
@@ -43,7 +46,7 @@ class Session:
 
     def stage(self, name: str, run: RunDir) -> Stage:
         """A stage that writes into ``run``."""
-        return Stage(
+        stage = Stage(
             name=name,
             task=self.task,
             config=self.config,
@@ -56,6 +59,30 @@ class Session:
             seen=self.seen,
             notes=self.notes,
         )
+        served = name == "ppo" and self.config.ppo.engine == "served"
+        return dataclasses.replace(stage, engine=_engine(stage)) if served else stage
+
+
+def _client(config: RunConfig) -> Client:
+    assert config.ppo.engine_url is not None  # PpoConfig sees to it
+    return Client(config.ppo.engine_url, timeout=config.ppo.engine_timeout)
+
+
+def _engine(stage: Stage) -> ServedEngine:
+    config, where = stage.config.ppo, stage.run.path.absolute()
+    own = f"{where.name}-{hashlib.sha256(str(where).encode()).hexdigest()[:8]}"  # runs may share the folder
+    return ServedEngine(
+        stage.roles,
+        "policy",
+        stage.renderer,
+        _client(stage.config),
+        where / "engine" if config.engine_adapters is None else Path(config.engine_adapters) / own,
+        requests=config.engine_requests,
+        canary_every=config.canary_every,
+        warn=stage.warn,
+        is_main=stage.parallel.is_main,
+        share=stage.parallel.broadcast_object,
+    )
 
 
 def check_processes(task: Task, config: RunConfig, verb: str, parallel: Parallel) -> None:
@@ -64,6 +91,11 @@ def check_processes(task: Task, config: RunConfig, verb: str, parallel: Parallel
         raise PerlVlmError(
             f"{task.name} plays episodes in a live environment, which `{verb}` does in one process; start it without "
             "`accelerate launch`"
+        )
+    if engine(parallel) == "fsdp2" and verb in ("ppo", "run") and config.ppo.engine == "served":
+        raise PerlVlmError(
+            "ppo.engine served looks now and then whether the server applies the adapter, in one process, and this "
+            "launch shards the base (FSDP2). Launch with configs/accelerate/ddp.yaml, or use ppo.engine local"
         )
     if engine(parallel) == "fsdp2" and (config.tuning == "full" or config.lora.dora):
         raise PerlVlmError(
@@ -139,6 +171,9 @@ def look_at_data(stage: Stage, verb: str) -> None:
         if config.ppo.eval_every:
             stage.examples("validation")
         refuse_missing(specs)
+        if config.ppo.engine == "served":
+            check_servable(stage.roles)
+            _client(config).look()
     if "eval" in stages:
         refuse_judge(config.eval.judge, live=live, trained="rm" in stages)
         split = config.eval.split

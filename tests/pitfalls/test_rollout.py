@@ -18,6 +18,7 @@ from perl_vlm.models import logits as logits_module
 from perl_vlm.models.roles import Roles
 from perl_vlm.models.towers import tower_of
 from perl_vlm.rollout import sampler as sampler_module
+from perl_vlm.rollout.canary import look
 from perl_vlm.rollout.sampler import Sampled, sample_rollout
 from perl_vlm.task import Task
 from perl_vlm.train.experience import agreement
@@ -106,6 +107,34 @@ def test_a_perturbed_adapter_moves_the_sampler_and_the_recomputation_alike(
     assert (recomputed(before) - stale).abs().max() > 1e-2
     after = rollout()
     torch.testing.assert_close(after.sampled_logprobs, recomputed(after), atol=1e-4, rtol=1e-4)
+    # The look that a served engine takes: it passes a faithful sampler, and names the tower that another leaves out.
+    own = {name: value for name, value in roles.parameters("policy").items() if tower_of(name) == tower}
+    kept = {name: value.detach().clone() for name, value in own.items()}
+
+    def faithful() -> tuple[Sequences, torch.Tensor]:
+        found = rollout()
+        return found.sequences, found.sampled_logprobs
+
+    @torch.no_grad()
+    def deaf() -> tuple[Sequences, torch.Tensor]:
+        moved = {name: value.clone() for name, value in own.items()}
+        for name, value in own.items():
+            value.copy_(kept[name])
+        found = faithful()
+        for name, value in own.items():
+            value.copy_(moved[name])
+        return found
+
+    @torch.no_grad()
+    def again(sequences: Sequences, *, raw: bool = False) -> torch.Tensor:
+        settings = {} if raw else {"temperature": 2.0, "min_new_tokens": 4}
+        return roles.logprobs("policy", sequences, **settings).logprobs
+
+    given = {"who": "the server", "pictures": True, "warn": pytest.fail}
+    look(roles.parameters("policy"), faithful, again, **given)
+    with pytest.raises(PerlVlmError, match=f"the server ignores the LoRA of the {tower} tower"):
+        look(roles.parameters("policy"), deaf, again, **given)
+    assert all(torch.equal(value, kept[name]) for name, value in own.items())
 
 
 def test_a_sampler_that_disagrees_with_training_is_logged_and_warned_about(
