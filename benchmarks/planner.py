@@ -73,9 +73,10 @@ def cases(smoke: bool) -> dict[str, Case]:
         return {
             "qwen3 rm": Case("qwen3", "rm", tiny, pairs),
             "llama ppo": Case("llama", "ppo", tiny, rounds),
-            "smolvlm rm": Case("smolvlm", "rm", tiny, pairs, {**TOWER, "hidden_size": 64, "num_hidden_layers": 2,
-                               "intermediate_size": 256, "num_attention_heads": 2, "image_size": 128}, 16),
-        }  # fmt: skip
+            "smolvlm rm": Case(
+                "smolvlm", "rm", tiny, pairs, {"hidden_size": 96, "num_attention_heads": 3, "image_size": 128}, 16
+            ),
+        }
     full = {**pairs, "tuning": "full", "rm": {"batch_size": 4}}
     return {
         "qwen3-30m rm": Case("qwen3", "rm", QWEN3_30M, pairs),

@@ -51,3 +51,12 @@ class BadRecords(PerlVlmError):
     def __init__(self, text: str, records: Sequence[BadRecord]) -> None:
         super().__init__(text)
         self.records = tuple(records)
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory. ``torch.OutOfMemoryError`` says so in its text, as do the plain RuntimeErrors of
+    the CPU's allocator."""
+    return any(part in str(error).lower() for part in _NO_MEMORY)

@@ -22,7 +22,7 @@ from perl_vlm.errors import PerlVlmError
 from perl_vlm.task import Modality, Task
 
 GROUP = "perl_vlm.tasks"
-COMMANDS = ("tasks", "new-task", "models", "doctor")
+COMMANDS = ("tasks", "new-task", "models", "plan", "doctor")
 """What else may follow ``perl-vlm``: no task can have such a name."""
 _OWN = "perl-vlm"
 _LONGEST = 400

@@ -241,9 +241,10 @@ class PpoConfig(OptimizerConfig):
     def recomputes(self) -> bool:
         """Whether the log-probs that the update compares with come from a pass of their own before it. Where every
         episode is learned from once, in one step, the update's own pass gives them; but a served engine's are another
-        program's, and values and exact divergences in the reward are wanted before."""
+        program's, values and exact divergences in the reward are wanted before, and of the sampled ones all but k1 turn
+        the sampler's rounding into a divergence."""
         once = self.epochs == 1 and self.minibatches == 1 and self.engine == "local"
-        early = self.kl_in == "reward" and self.kl in EXACT_REGULARIZERS
+        early = self.kl_in == "reward" and self.kl not in ("none", "k1")
         return not once or early or self.value_kind == "policy_head"
 
     @property

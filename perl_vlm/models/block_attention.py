@@ -203,9 +203,14 @@ def _forward(
     blocks = getattr(attention_mask, "blocks", None)
     plain = not dropout and not any(options.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # as PyTorch's own attention does
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if plain and blocks is not None and key.shape[-1] == value.shape[-1]:
         return block_attention(query, key, value, scale, blocks).transpose(1, 2).contiguous(), None
-    if plain and query.shape[2] == 1 and query.device.type == "cpu" and not torch.is_grad_enabled():
+    seen_or_not = attention_mask is None or attention_mask.dtype == torch.bool
+    if plain and seen_or_not and query.shape[2] == 1 and device == "cpu" and not torch.is_grad_enabled():
         return next_token_attention(query, key, value, scale, attention_mask).transpose(1, 2), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
 

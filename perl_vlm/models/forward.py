@@ -59,8 +59,9 @@ def response_states(model: Any, backbone: Backbone, sequences: Sequences) -> Res
         if not head_is_known(model):
             compared = None if hidden is None else hidden[:, -1:]
             if last is None:
-                # This model cannot be asked for its last logits only, so just one row is paid for.
-                compared, last = own_forward(model, backbone, take(sequences, [0]))
+                # Packed rows bring no logits, and some models cannot be asked for the last ones only.
+                compared, last = own_forward(model, backbone, take(sequences, [0]), keep=1)
+                compared = None if compared is None else compared[:, -last.shape[1] :]
             learn_head(model, compared, last)
     head = head_of(model)
     if head is None or hidden is None:

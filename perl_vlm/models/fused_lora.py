@@ -95,7 +95,7 @@ class FusedLinear(PeftLinear):
         weight = base.weight
         if x.dtype != weight.dtype or weight.requires_grad or isinstance(weight, DTensor):
             return False
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             return False
         return not any(
             name in self.lora_variant

@@ -46,6 +46,16 @@ class Packed:
     """[B, R + 1] which of the M * L columns hold each sequence's last prompt token and its response. Padding points to
     the last prompt token."""
 
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.input_ids.shape[1]
+
+    @property
+    def holds_several(self) -> bool:
+        """Whether any row holds two prompts or two responses, which must not see each other."""
+        return bool(((self.owners > 0) & (self.owners != self.owners[:, :1])).any() or (self.segments > 1).any())
+
     def unpack(self, hidden: Tensor) -> Tensor:
         """[M, L, H] -> [B, R + 1, H], as the trunk gives it for ``Sequences``, from the last prompt token on."""
         return hidden.flatten(0, 1)[self.where]
@@ -164,7 +174,7 @@ def attention_masks(model: Any, packed: Packed) -> Tensor | dict[str, Tensor]:
     eager = config._attn_implementation == "eager"
     blocks = seeing_each_other(model, packed)
 
-    dtype = next(model.parameters()).dtype
+    dtype = multiplies_in(next(model.parameters()))
 
     def made(window: int | None) -> Tensor:
         seen = visible(packed, window, blocks)
@@ -254,8 +264,19 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """How far packed rows may be from separate ones, as a root mean square relative to the states' own. A mask or position
 that is wrong shows as several tenths; what is left is the order of additions."""
 
-_verdicts: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-"""What was found of each model: nothing where sharing gives the same states, else why it does not."""
+
+@dataclass
+class Verdict:
+    """What is known of a model and one kind of batch."""
+
+    length: int = 0
+    """Packed rows of up to so many tokens gave the states of separate ones."""
+    refused: str = ""
+    """Why the model gets no packed rows, whatever the batch."""
+
+
+_verdicts: WeakKeyDictionary[Any, dict[tuple[str, ...], Verdict]] = WeakKeyDictionary()
+_EVERY = ("every kind",)
 
 
 def pays(sequences: Sequences, at_most: float = 0.9) -> bool:
@@ -267,34 +288,42 @@ def pays(sequences: Sequences, at_most: float = 0.9) -> bool:
     return max(totals) * len(_bins(totals)) <= at_most * sequences.input_ids.numel()
 
 
-def verdict(model: Any) -> str | None:
-    """What ``judge`` found of a model; None before."""
-    return _verdicts.get(model)
+def verdict(model: Any, sequences: Sequences, packed: Packed) -> Verdict:
+    """What ``judge`` found of a model and batches of a kind: with what these bring besides ids (pictures, token types),
+    and with or without rows that hold several responses, for those without prove nothing about those with."""
+    found = _verdicts.setdefault(model, {})
+    kind = (*sorted(sequences.extras), "several" if packed.holds_several else "single")
+    return found.get(_EVERY) or found.setdefault(kind, Verdict())
 
 
-def judge(model: Any, packed: Tensor, separate: Tensor, real: Tensor) -> str:
+def judge(model: Any, sequences: Sequences, packed: Packed, states: Tensor, expected: Tensor) -> str:
     """Compare the states of one batch, packed and separate, and remember whether the model gives the same.
 
     Args:
         model: the base.
-        packed, separate: [B, R + 1, H].
-        real: [B, R + 1] bool, which of them count.
+        sequences, packed: the batch.
+        states, expected: [n, H] packed and separate, where they count.
 
     Returns:
         Nothing where they agree, else why they do not.
     """
-    ours, theirs = packed[real].double(), separate[real].double()
+    ours, theirs = states.double(), expected.double()
     away = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
-    device = packed.device.type
-    # A full copy holds float32 weights and may multiply in bfloat16.
-    arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else packed.dtype
-    limit = TOLERANCE[arithmetic]
-    # Not a number is not within it either.
-    _verdicts[model] = "" if away <= limit else f"its states differ by {away:.2g} of their size, {limit:g} is allowed"
-    return _verdicts[model]
+    limit = TOLERANCE[multiplies_in(states)]
+    if not away <= limit:  # nor is what is no number
+        return refuse(model, f"its states differ by {away:.2g} of their size, {limit:g} is allowed")
+    verdict(model, sequences, packed).length = packed.length
+    return ""
+
+
+def multiplies_in(tensor: Tensor) -> torch.dtype:
+    """The type of matrix products: a full copy holds float32 weights and may multiply in bfloat16."""
+    device = tensor.device.type
+    narrows = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if narrows else tensor.dtype
 
 
 def refuse(model: Any, why: str) -> str:
     """Remember, and return, why packed rows are not for this model."""
-    _verdicts[model] = why
+    _verdicts.setdefault(model, {})[_EVERY] = Verdict(refused=why)
     return why

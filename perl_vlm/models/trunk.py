@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perl_vlm.errors import PerlVlmError
+from perl_vlm.errors import PerlVlmError, is_out_of_memory
 from perl_vlm.models.backbone import Backbone, accepts
 from perl_vlm.models.block_attention import blockwise, has_blocks
 from perl_vlm.models.inputs import check_length, model_inputs, response_type
 from perl_vlm.models.sharding import is_sharded
-from perl_vlm.models.shared_prefix import judge, pack, packed_inputs, pays, refuse, verdict
+from perl_vlm.models.shared_prefix import Packed, judge, pack, packed_inputs, pays, refuse, verdict
 from perl_vlm.types import Sequences
 
 
@@ -23,17 +23,18 @@ def trunk(model: Any, backbone: Backbone, sequences: Sequences) -> tuple[Tensor 
     The model is called as a whole, with one column for its LM head, and its trunk listened to: what a family does on
     the way to the trunk is done, and a sharded model gathers its weights as it does in any forward pass.
     """
-    if _worth_packing(model, sequences) and _sharing(model, backbone, sequences):
-        return _shared(model, backbone, sequences), None
+    if _worth_packing(model, sequences):
+        check_length(backbone, sequences)
+        packed = pack(sequences, backbone.pad_id)
+        if _sharing(model, backbone, sequences, packed):
+            return _shared(model, backbone, packed), None
     return _separate(model, backbone, sequences)
 
 
 def _worth_packing(model: Any, sequences: Sequences) -> bool:
-    if not sequences.response_mask.shape[1]:
+    # The processes of a sharded base run in step, and what pays, or was compared, is a matter of each one's own rows.
+    if not sequences.response_mask.shape[1] or is_sharded(model):
         return False
-    if is_sharded(model):
-        # Its processes run in step: what each of them does must not depend on its own rows.
-        return sequences.prompt_of is not None
     return pays(sequences, at_most=1.0 if has_blocks(model) else 0.9)
 
 
@@ -45,10 +46,8 @@ def _separate(model: Any, backbone: Backbone, sequences: Sequences) -> tuple[Ten
     return getattr(output, "last_hidden_state", None), None
 
 
-def _shared(model: Any, backbone: Backbone, sequences: Sequences) -> Tensor:
+def _shared(model: Any, backbone: Backbone, packed: Packed) -> Tensor:
     """Last hidden states [B, R + 1, H] of sequences of which several have one prompt, each prompt read once."""
-    check_length(backbone, sequences)
-    packed = pack(sequences, backbone.pad_id)
     inputs = packed_inputs(model, backbone, packed, fill=response_type(model))
     with blockwise(model):
         if accepts(backbone.model, "logits_to_keep"):
@@ -60,22 +59,26 @@ def _shared(model: Any, backbone: Backbone, sequences: Sequences) -> Tensor:
     return packed.unpack(hidden)
 
 
-def _sharing(model: Any, backbone: Backbone, sequences: Sequences) -> bool:
-    """Whether prompts may be shared: compared with separate rows on the first batch that this base sees."""
-    known = verdict(backbone.model)
-    if known is None:
-        known = _try_sharing(model, backbone, sequences)
-        if known:
-            warnings.warn(
-                f"{backbone.name}: every response goes through the model in a row of its own, behind a copy of its "
-                f"prompt, which takes longer: {known}",
-                stacklevel=2,
-            )
-    return not known
+def _sharing(model: Any, backbone: Backbone, sequences: Sequences, packed: Packed) -> bool:
+    """Whether prompts may be shared in this batch: batches of its kind have been compared with separate rows, and none
+    that was shorter only, since a window that a model counts in columns shows in long rows alone."""
+    known = verdict(backbone.model, sequences, packed)
+    if known.refused:
+        return False
+    if packed.length <= known.length:
+        return True
+    why = _try_sharing(model, backbone, sequences, packed)
+    if why:
+        warnings.warn(
+            f"{backbone.name}: every response goes through the model in a row of its own, behind a copy of its "
+            f"prompt, which takes longer: {why}",
+            stacklevel=2,
+        )
+    return not why
 
 
 @torch.no_grad()
-def _try_sharing(model: Any, backbone: Backbone, sequences: Sequences) -> str:
+def _try_sharing(model: Any, backbone: Backbone, sequences: Sequences, packed: Packed) -> str:
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:  # dropout would make any two passes differ
@@ -85,8 +88,11 @@ def _try_sharing(model: Any, backbone: Backbone, sequences: Sequences) -> str:
             return refuse(backbone.model, "it does not show its last hidden states")
         width = sequences.response_mask.shape[1]
         real = torch.cat([sequences.response_mask[:, :1] | True, sequences.response_mask], dim=1)
-        return judge(backbone.model, _shared(model, backbone, sequences), separate[:, -width - 1 :], real)
+        states = _shared(model, backbone, packed)
+        return judge(backbone.model, sequences, packed, states[real], separate[:, -width - 1 :][real])
     except (PerlVlmError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise  # says nothing about the model; who called begins again with fewer rows
         return refuse(backbone.model, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
     finally:
         for module in training:

@@ -26,11 +26,16 @@ class Change:
     fits: bool
 
 
-def changes(skeleton: Skeleton, shapes: Shapes, job: Job, memory: Memory) -> list[Change]:
-    """Settings that lower the peak, each tried by a plan of its own; those that fit come first."""
+def changes(skeleton: Skeleton, shapes: Shapes, job: Job, memory: Memory, largest: int) -> list[Change]:
+    """Settings that lower the peak, each tried by a plan of its own; those that fit come first.
+
+    Args:
+        memory: the job's own.
+        largest: records of the largest micro-batch that fits, as ``largest_micro`` has it.
+    """
     before, room = memory.needed(job.device), limit(job.gpu.gib)
     found = []
-    for flags, other in _alternatives(shapes, job, memory):
+    for flags, other in _alternatives(shapes, job, memory, largest):
         try:
             needed = memory_of(skeleton, shapes, other).needed(job.device)
         except PerlVlmError:
@@ -40,12 +45,13 @@ def changes(skeleton: Skeleton, shapes: Shapes, job: Job, memory: Memory) -> lis
     return sorted(found, key=lambda change: not change.fits)
 
 
-def _alternatives(shapes: Shapes, job: Job, memory: Memory) -> Iterator[tuple[str, Job]]:
+def _alternatives(shapes: Shapes, job: Job, memory: Memory, largest: int) -> Iterator[tuple[str, Job]]:
     """One change at a time, those that cost least first."""
     config, plan = job.config, job.plan
-    for accumulate in _finer(job):
+    accumulate = _finer(job, largest)
+    if accumulate is not None:
         yield f"--{job.stage}.accumulate {accumulate}", job.with_own(accumulate=accumulate)
-    if not plan.checkpointing:
+    if not plan.checkpointing and hasattr(config, "checkpointing"):  # once runs can do it
         yield "--checkpointing", job.with_plan(checkpointing=True)
     if config.tuning == "full":
         yield "--tuning lora", job.with_config(tuning="lora")
@@ -67,15 +73,13 @@ def _alternatives(shapes: Shapes, job: Job, memory: Memory) -> Iterator[tuple[st
         yield "--strategy fsdp", job.with_plan(strategy="fsdp")
 
 
-def _finer(job: Job) -> list[int]:
-    """Two and four times the accumulation, and the finest."""
-    parts = job.config.ppo.minibatches if job.stage == "ppo" else 1
-    whole = job.own.batch_size // (parts * job.plan.gpus)
+def _finer(job: Job, largest: int) -> int | None:
+    """The least accumulation whose micro-batches are no larger than the largest that fits; the finest where none is."""
+    whole = job.records
     possible = [size for size in range(job.own.accumulate + 1, whole + 1) if whole % size == 0]
     if job.stage == "ppo":  # answers to one prompt stay together
         possible = [size for size in possible if whole // size % job.config.ppo.group_size == 0] or possible
-    wanted = [next((size for size in possible if size >= job.own.accumulate * factor), None) for factor in (2, 4)]
-    return list(dict.fromkeys(size for size in [*wanted, *possible[-1:]] if size is not None))
+    return next((size for size in possible if whole // size <= largest), possible[-1] if possible else None)
 
 
 def largest_micro(skeleton: Skeleton, shapes: Shapes, job: Job) -> int:

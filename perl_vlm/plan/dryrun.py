@@ -121,20 +121,27 @@ class _Bump(torch.autograd.Function):
     """Holds so many bytes for a moment, in the forward pass and in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, going: int, coming: int) -> Tensor:
-        ctx.coming = coming
-        torch.empty(going, dtype=torch.uint8, device="meta")
+    def forward(ctx: Any, hidden: Tensor, going: int, coming: int, mark: Callable[[], None]) -> Tensor:
+        ctx.coming, ctx.mark = coming, mark
+        _hold(going, mark)
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        torch.empty(ctx.coming, dtype=torch.uint8, device="meta")
-        return grads[0], None, None
+        _hold(ctx.coming, ctx.mark)
+        return grads[0], None, None, None
 
 
-def bump(hidden: Tensor, going: int, coming: int) -> Tensor:
-    """The same tensor, on whose way ``going`` bytes are held for a moment forwards and ``coming`` bytes backwards."""
-    return _Bump.apply(hidden, going, coming)
+def _hold(size: int, mark: Callable[[], None]) -> None:
+    mark()
+    torch.empty(size, dtype=torch.uint8, device="meta")
+    mark()
+
+
+def bump(hidden: Tensor, going: int, coming: int, mark: Callable[[], None]) -> Tensor:
+    """The same tensor, on whose way ``going`` bytes are held for a moment forwards and ``coming`` bytes backwards.
+    ``mark`` is called before and after."""
+    return _Bump.apply(hidden, going, coming, mark)
 
 
 class _Joined(torch.autograd.Function):

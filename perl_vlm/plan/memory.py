@@ -9,9 +9,10 @@ from perl_vlm.models.inspection import Skeleton
 from perl_vlm.plan.costs import drawing, sampler_cost
 from perl_vlm.plan.flops import Reads, Trains, update_graphs
 from perl_vlm.plan.gpus import GIB
-from perl_vlm.plan.passes import TYPES, Rehearsal, adapter_counts, shortened
-from perl_vlm.plan.settings import Job
+from perl_vlm.plan.passes import TYPES, Rehearsal
+from perl_vlm.plan.settings import Batch, Job
 from perl_vlm.plan.shapes import Shapes
+from perl_vlm.plan.skeletons import adapter_counts, shortened
 
 CONTEXT = int(0.5 * GIB)
 """What CUDA itself takes, with cuBLAS's workspace."""
@@ -154,19 +155,20 @@ class _StageMemory:
         found["AdamW states"] = 2 * FLOAT * self.trainable
         if job.config.load_in_4bit:
             found["a weight taken out of 4 bits"] = shapes.largest_linear * self.size
-        pictures = self._pictures()
-        if pictures:
-            found["pictures"] = pictures
         return found
 
-    def _pictures(self) -> int:
-        """Pixels on the device: of a round's episodes, or of a micro-batch."""
-        picture, tokens = self.shapes.picture, self.job.image_tokens
-        if picture is None or not tokens:
-            return 0
-        config = self.job.config.ppo
-        rows = config.batch_size // self.job.plan.gpus if self.job.stage == "ppo" else self.job.micro
-        return int(rows * tokens * picture.per_token * picture.pixel_bytes)
+    def _pictures(self, prompts: int) -> dict[str, int]:
+        """Pixels on the device: those of so many prompts, and in ppo those of the whole round's episodes."""
+        picture, job = self.shapes.picture, self.job
+        if job.stage == "ppo":
+            prompts += job.config.ppo.batch_size // job.plan.gpus
+        if picture is None or not job.image_tokens or not prompts:
+            return {}
+        return {"pictures": int(prompts * job.image_tokens * picture.per_token * picture.pixel_bytes)}
+
+    def _pictures_of(self, batch: Batch) -> dict[str, int]:
+        """A pair has its prompt's twice, and rows that share a prompt are packed with one more copy."""
+        return self._pictures(batch.sequences + (batch.prompts if batch.shared else 0))
 
     @property
     def gradients(self) -> int:
@@ -181,7 +183,12 @@ class _StageMemory:
         grads = self.gradients if several else min(self.gradients, peak)
         return Phase(
             "update" if job.stage == "ppo" else "micro-batch",
-            {**self.held, "gradients": grads, "activations": peak - (0 if several else grads)},
+            {
+                **self.held,
+                **self._pictures_of(batch),
+                "gradients": grads,
+                "activations": peak - (0 if several else grads),
+            },
         )
 
     def optimizer(self) -> Phase:
@@ -189,19 +196,20 @@ class _StageMemory:
         roles = self.rehearsals[0][1].roles.values()
         largest = max(value.numel() for role in roles for value in role.own)
         extra = self.trainable if self.job.device == "cuda" else 2 * largest
-        return Phase("optimizer step", {**self.held, "gradients": self.gradients, "AdamW at work": extra * FLOAT})
+        own = {"gradients": self.gradients, "AdamW at work": extra * FLOAT}
+        return Phase("optimizer step", {**self.held, **self._pictures(0), **own})
 
     def scoring(self) -> Phase:
         """The policy's pass: no role's takes more, since it has an adapter and meets the LM head."""
         batch = self.job.batch(self.job.micro)
         peak = self._most(lambda each: each.scoring_peaks(batch, "policy", "logprobs"))
-        return Phase("scoring", {**self.held, "activations": peak})
+        return Phase("scoring", {**self.held, **self._pictures_of(batch), "activations": peak})
 
     def rollout(self) -> Phase:
         """Reading the prompts, then decoding; with a served engine neither happens here."""
         job, config = self.job, self.job.config.ppo
         if job.served:
-            return Phase("rollout (served)", dict(self.held))
+            return Phase("rollout (served)", {**self.held, **self._pictures(0)})
         rows = job.micro * config.minibatches
         prompts = -(-rows // config.group_size)
         tokens = job.config.max_prompt_tokens + config.max_new_tokens
@@ -212,7 +220,7 @@ class _StageMemory:
         leaving = one * rows // max(1, 2 * self.shapes.layers)
         decoding = {"cache": rows * one + leaving, "logits of a step": logits}
         larger = reading if sum(reading.values()) > sum(decoding.values()) else decoding
-        return Phase("rollout", {**self.held, **larger})
+        return Phase("rollout", {**self.held, **self._pictures(prompts), **larger})
 
     def notes(self) -> list[str]:
         found = []

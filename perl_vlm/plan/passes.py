@@ -9,31 +9,28 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from perl_vlm.config import LoraConfig
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.adapters import Adapters
 from perl_vlm.models.block_attention import blockwise
 from perl_vlm.models.fused_lora import FusedLinear
 from perl_vlm.models.inspection import Skeleton
 from perl_vlm.models.loading import reason
-from perl_vlm.models.sharding import base_layers
 from perl_vlm.models.shared_prefix import attention_masks, pack
-from perl_vlm.models.towers import TOWERS, Tower, tower_of
-from perl_vlm.plan.costs import Drawing, chunk_logits, drawing, head_cost
+from perl_vlm.models.towers import tower_of
+from perl_vlm.plan.costs import Drawing, HeadCost, chunk_logits, drawing, head_cost
 from perl_vlm.plan.dryrun import bump, joined, stand_ins
+from perl_vlm.plan.inputs import on_meta, one_prompt, run_tower
 from perl_vlm.plan.live import LiveBytes, held_by
 from perl_vlm.plan.settings import Batch, Job
-from perl_vlm.plan.shapes import Shapes, vision_layers
-from perl_vlm.types import Sequences
+from perl_vlm.plan.shapes import Shapes
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -156,6 +153,7 @@ class Rehearsal:
         with self._counting([value.grad for value in trained if value.grad is not None]):
             with stand_ins(self.narrow):
                 outs = [self._read(name, what, heads[name], batch, masks) for name, what in graphs]
+            self._mark()
             torch.autograd.backward([out.sum() for out in outs])  # outside of autocast, as in the stages
         for value in trained:
             value.grad = None
@@ -164,6 +162,7 @@ class Rehearsal:
     @contextmanager
     def _counting(self, gradients: Sequence[Tensor] = ()) -> Iterator[LiveBytes]:
         """Count what comes to life besides all weights and these gradients."""
+        self._head_cost()  # where it is not known yet it is measured, on tensors that are not to be counted
         models = {id(role.model): role.model for role in self.roles.values()}
         with LiveBytes([*held_by(self.base, *models.values()), *gradients]) as live, ExitStack() as stack:
             for model in (self.base, *models.values()):  # until backward has computed everything again
@@ -215,14 +214,17 @@ class Rehearsal:
 
     def _logprobs(self, model: Any, hidden: Tensor, batch: Batch) -> Tensor:
         features = hidden[:, :-1].flatten(0, 1).clone()
-        how = drawing(self.job.config.ppo) if self.job.stage == "ppo" else Drawing()
-        cost = head_cost(self.dtype, how, training=torch.is_grad_enabled())
+        cost = self._head_cost()
         logits = chunk_logits(batch.response_tokens, self.shapes.vocabulary)
-        states = bump(features, int(cost.going * logits), int(cost.coming * logits))
+        states = bump(features, int(cost.going * logits), int(cost.coming * logits), self._mark)
         if self.full and torch.is_grad_enabled():  # the head trains: its gradient comes into being here
             nn.functional.linear(states[:1], model.get_output_embeddings().weight)
             return nn.functional.linear(states, model.get_output_embeddings().weight[:1]).flatten()
         return states[:, 0].float()
+
+    def _head_cost(self) -> HeadCost:
+        how = drawing(self.job.config.ppo) if self.job.stage == "ppo" else Drawing()
+        return head_cost(self.dtype, how, training=torch.is_grad_enabled())
 
     def _responses(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[M, L, H] -> [B, R + 1, H]."""
@@ -233,7 +235,7 @@ class Rehearsal:
 
     def _hidden(self, model: Any, batch: Batch, masks: Any) -> Tensor:
         embeds = self._embeds(model, batch)
-        inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": _on_meta(masks, batch.rows)}
+        inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": on_meta(masks, batch.rows)}
         decoder = model.get_decoder() if self.shapes.kind == "causal" else model
         taken = inspect.signature(decoder.forward).parameters
         if "position_ids" in taken:
@@ -280,82 +282,6 @@ class Rehearsal:
         """What attention is masked with, for one row."""
         kinds = set(getattr(self.base.config.get_text_config(), "layer_types", None) or ())
         if batch.shared and self.job.device == "cpu":
-            return attention_masks(self.base, pack(_one_prompt(batch), 0))
+            return attention_masks(self.base, pack(one_prompt(batch), 0))
         seen = torch.ones(1, 1, batch.length, batch.length, dtype=torch.bool, device="meta")
         return seen if kinds <= {"full_attention"} else dict.fromkeys(kinds, seen)
-
-
-_counted: WeakKeyDictionary[nn.Module, dict[LoraConfig, dict[Tower, int]]] = WeakKeyDictionary()
-
-
-def adapter_counts(skeleton: Skeleton, lora: LoraConfig) -> dict[Tower, int]:
-    """Parameters of one role's adapter (and projector copy) by tower. Raises PerlVlmError where it does not fit."""
-    known = _counted.setdefault(skeleton.model, {})
-    if lora not in known:
-        adapters = Adapters(copy.deepcopy(skeleton.model))
-        adapters.add("role", lora)
-        known[lora] = dict.fromkeys(TOWERS, 0)
-        for key, value in adapters.parameters("role").items():
-            known[lora][tower_of(key)] += value.numel()
-    return known[lora]
-
-
-def shortened(skeleton: Skeleton, language: int, vision: int) -> Skeleton:
-    """The same model with so many layers in each tower."""
-    model = copy.deepcopy(skeleton.model)
-    lists = [module for _, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    for found, count in ((base_layers(model), language), (vision_layers(model), vision)):
-        for layers in lists:
-            if len(layers) == len(found) > count and layers[0] is found[0]:
-                del layers[count:]
-    return replace(skeleton, model=model)
-
-
-def run_tower(model: Any, shapes: Shapes, batch: Batch) -> Tensor:
-    """A vision tower's layers one after the other over all pictures of a batch, as the stage would run them."""
-    picture = shapes.picture
-    assert picture is not None
-    patches = round(batch.image_tokens * picture.per_token)
-    tiles, each = (max(1, -(-patches // picture.patches)), picture.patches) if picture.fixed else (1, patches)
-    tiles *= batch.read_prompts
-    layers = vision_layers(model)
-    taken = inspect.signature(layers[0].forward).parameters
-    extra: dict[str, Any] = {}
-    weight = next(layers[0].parameters())
-    if "cu_seqlens" in taken:
-        extra["cu_seqlens"] = torch.arange(0, (tiles + 1) * each, each, dtype=torch.int32)
-        hidden = weight.new_empty(tiles * each, shapes.vision_hidden)
-    else:
-        hidden = weight.new_empty(tiles, each, shapes.vision_hidden)
-    if "position_embeddings" in taken:
-        vision = model.config.vision_config
-        heads = getattr(vision, "num_attention_heads", None) or vision.num_heads
-        turned = weight.new_empty(hidden.shape[-2], shapes.vision_hidden // heads, dtype=torch.float32)
-        extra["position_embeddings"] = (turned, turned)
-    if "attention_mask" in taken:
-        extra["attention_mask"] = None
-    for layer in layers:
-        out = layer(hidden, **extra)
-        hidden = out[0] if isinstance(out, tuple) else out
-    return hidden
-
-
-def _one_prompt(batch: Batch) -> Sequences:
-    """A prompt and its responses, at full length."""
-    shape = (batch.group, batch.prompt + batch.response)
-    ones = torch.ones(shape, dtype=torch.long)
-    mask = torch.ones(batch.group, batch.response, dtype=torch.bool)
-    return Sequences(ones, ones, mask, {}, (0,) * batch.group, prompt_of=(0,) * batch.group)
-
-
-def _on_meta(masks: Any, rows: int) -> Any:
-    """The masks of one row as those of several, on the meta device, blocks included."""
-    if isinstance(masks, dict):
-        return {kind: _on_meta(mask, rows) for kind, mask in masks.items()}
-    made = torch.empty(rows, *masks.shape[1:], dtype=masks.dtype, device="meta")
-    blocks = getattr(masks, "blocks", None)
-    if blocks is not None:
-        made.blocks = tuple(  # type: ignore[attr-defined]
-            replace(block, bias=None if block.bias is None else _on_meta(block.bias, rows)) for block in blocks
-        )
-    return made

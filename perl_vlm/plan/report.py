@@ -135,6 +135,7 @@ def make_plan(job: Job, name: str) -> Plan:
     job = with_pictures(job, None if shapes.picture is None else shapes.picture.tokens)
     memory = memory_of(skeleton, shapes, job)
     fits = memory.needed(job.device) <= limit(job.gpu.gib)
+    largest = largest_micro(skeleton, shapes, job)
     engine = None
     if job.stage == "ppo" and job.served:
         tokens = config.max_prompt_tokens + config.ppo.max_new_tokens
@@ -145,8 +146,8 @@ def make_plan(job: Job, name: str) -> Plan:
         shapes=shapes,
         memory=memory,
         time=time_of(shapes, job, memory),
-        largest=largest_micro(skeleton, shapes, job),
-        changes=() if fits else tuple(changes(skeleton, shapes, job, memory)),
+        largest=largest,
+        changes=() if fits else tuple(changes(skeleton, shapes, job, memory, largest)),
         engine=engine,
     )
 

@@ -28,7 +28,7 @@ class Picture:
     per_token: float
     """Patches behind a token of the prompt."""
     pixel_bytes: int
-    """Of one patch as the processor gives it, float32."""
+    """Of one patch as the processor gives it: float32, with a mask of integers where the family has one."""
     fixed: bool
     """Whether every tile has this size."""
 
@@ -178,7 +178,8 @@ def picture_of(config: Any) -> Picture | None:
     elif isinstance(count := getattr(config, "mm_tokens_per_image", None), int):  # Gemma 3
         per_token = patches / count
     frames = int(getattr(vision, "temporal_patch_size", 1) or 1)
-    return Picture(patches, per_token, patch * patch * 3 * frames * 4, side is not None)
+    pixel = 3 * frames * 4 + (8 if isinstance(scale, int) else 0)
+    return Picture(patches, per_token, patch * patch * pixel, side is not None)
 
 
 def _side(size: Any) -> int | None:

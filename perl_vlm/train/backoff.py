@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from perl_vlm.errors import PerlVlmError
+from perl_vlm.errors import PerlVlmError, is_out_of_memory
 
 if TYPE_CHECKING:
     from perl_vlm.train.stage import Stage
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
-
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def in_micro_batches(
@@ -45,11 +43,11 @@ def in_micro_batches(
             which wait for its gradient.
     """
     while True:
-        now = max(1, min(size, stage.fits.get(what, size)))
+        now = max(1, min(size, len(items), stage.fits.get(what, size)))
         try:
             return [work(items[start : start + now]) for start in range(0, len(items), now)]
         except RuntimeError as error:  # torch's own out-of-memory errors are such, and those of the CPU plain ones
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             said = str(error).partition("\n")[0]
         undo()
@@ -58,15 +56,12 @@ def in_micro_batches(
             torch.cuda.empty_cache()
         if now == 1 or stage.parallel.world > 1:
             raise PerlVlmError(_advice(stage, what, now, said))
-        stage.fits[what] = min(now, len(items)) // 2 or 1
+        stage.fits[what] = now // 2
         stage.warn(
             f"{stage.name}: memory ran out with {now} {what} at once ({said}); going on with {stage.fits[what]}, which "
-            "changes no gradient. --ppo.accumulate, --rm.accumulate and --sft.accumulate set it from the start"
+            "changes the order of additions alone. --ppo.accumulate, --rm.accumulate and --sft.accumulate set it from "
+            "the start"
         )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error).lower() for part in _NO_MEMORY)
 
 
 def _advice(stage: Stage, what: str, now: int, said: str) -> str:

@@ -104,6 +104,8 @@ def train_ppo(stage: Stage) -> dict[str, float]:
                 keeper.save(step + 1)
             keeper.stop_if_asked(step + 1)
     keeper.close_logs()
+    if stage.engine is not None:
+        stage.engine.close()
     kept = best.restore()
     if kept:
         metrics = {**keeper.last_metrics(kept["policy"]), "best_step": float(kept["policy"])}
@@ -254,7 +256,8 @@ def watch(stage: Stage, metrics: dict[str, float], step: int) -> None:
     if metrics["rollout/logprob_agreement"] > AGREEMENT_LIMIT:
         stage.warn(
             f"the sampler's log-probs and the recomputed ones differ (mean exp|delta| above {AGREEMENT_LIMIT}): the "
-            "policy learns from samples of another model. Use --dtype float32 or look at the sampler"
+            "policy learns from samples of another model. Use --dtype float32, or look at the sampler, or at the "
+            "flags of the server (docs/served-rollouts.md)"
         )
 
 

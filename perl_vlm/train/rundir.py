@@ -20,8 +20,10 @@ import yaml
 
 from perl_vlm.errors import PerlVlmError
 
-NOT_COMPARED = frozenset({"resume", "out"})
-"""Settings that may differ between a run and its continuation."""
+NOT_COMPARED = frozenset({"resume", "out"}) | {
+    f"ppo.{name}" for name in ("engine_url", "engine_adapters", "engine_timeout", "engine_requests", "canary_every")
+}
+"""Settings that may differ between a run and its continuation: a server may have moved meanwhile."""
 
 _TEMPORARY = ".tmp-"
 
@@ -239,7 +241,7 @@ def _refuse_other_settings(path: Path, given: Mapping[str, Any]) -> None:
     if not isinstance(stored, dict):
         raise PerlVlmError(f"{path} should hold the settings of a run; it holds {type(stored).__name__}.")
     sides = [
-        flatten({key: value for key, value in side.items() if key not in NOT_COMPARED}) for side in (stored, given)
+        {key: value for key, value in flatten(side).items() if key not in NOT_COMPARED} for side in (stored, given)
     ]
     absent = object()
     differing = []

@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+from perl_vlm.config import LoraConfig
 from perl_vlm.data.images import BlankImage
 from perl_vlm.data.sequences import take, token_extras, with_responses
 from perl_vlm.errors import BadRecord
 from perl_vlm.models import shared_prefix
 from perl_vlm.models.forward import model_inputs
-from perl_vlm.models.shared_prefix import refuse, verdict
+from perl_vlm.models.pictures import remembering_pictures, vision_tower
+from perl_vlm.models.shared_prefix import refuse
 from perl_vlm.models.towers import TOWERS, linear_names, lora_targets, tower_of
 from perl_vlm.rollout.sampler import decode
 from perl_vlm.types import Example, Sequences
@@ -274,15 +276,12 @@ def captured(bench: Bench, batch: Sequences) -> dict[str, Any]:
 @contextmanager
 def rows_of_their_own(model: Any) -> Iterator[None]:
     """Within, no two sequences share a row."""
-    known = verdict(model)
+    known = dict(shared_prefix._verdicts.get(model, {}))
     refuse(model, "rows of their own are wanted")
     try:
         yield
     finally:
-        if known is None:
-            shared_prefix._verdicts.pop(model)
-        else:
-            refuse(model, known)
+        shared_prefix._verdicts[model] = known
 
 
 def test_positions_count_real_tokens(bench: Bench, cell: Cell) -> None:
@@ -334,12 +333,39 @@ def test_prompts_are_read_once_for_all_their_responses(bench: Bench, cell: Cell)
         measured += [*values, *(gradient for gradient in gradients if gradient is not None)]
         # The first of the passes compares the two ways and the head is learnt on one row; the last is a plain pass.
         if measured is found:
-            assert verdict(roles.backbone.model) == "", "compared on the first batch, and found the same"
+            known = shared_prefix._verdicts[roles.backbone.model].values()
+            assert any(one.length for one in known), "compared on the first batch"
+            assert not any(one.refused for one in known), "and found the same"
             assert tokens[-1] < pairs.input_ids.numel()
         else:
             assert tokens[-1] == pairs.input_ids.numel()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=5e-5 * max(1.0, other.abs().max().item()), rtol=5e-4)
+
+
+@torch.no_grad()
+def test_a_frozen_tower_runs_once_for_a_batch(bench: Bench, cell: Cell) -> None:
+    """a frozen tower runs once for a batch"""
+    if not bench.sees:
+        return cell.not_applicable("sees no pictures")
+    if not bench.generates:
+        return cell.not_applicable("its reward models alone read a batch")
+    if bench.family.has_parts:
+        return cell.not_applicable("open_clip's tower is read part by part and runs for every role")
+    roles = bench.new_roles(LoraConfig(language_rank=4, vision_rank=0, targets="all-linear"))
+    model, runs = roles.backbone.model, []
+    expected = bench.all_measures(bench.batch, roles)
+    tower = vision_tower(model)
+    first = next(module for module in tower.modules() if isinstance(module, nn.ModuleList))[0]
+    handle = first.register_forward_hook(lambda *_: runs.append(None))
+    with remembering_pictures(model):
+        found = bench.all_measures(bench.batch, roles)
+    once = len(runs)
+    bench.all_measures(bench.batch, roles)
+    handle.remove()
+    assert len(runs) - once == len(bench.measures) * once, "and as often as it is asked elsewhere"
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @contextmanager

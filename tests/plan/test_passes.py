@@ -80,7 +80,7 @@ def test_few_layers_tell_of_all(
     stage: str, rank: int, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job(stage, image_tokens=16, device="cuda", dtype="bfloat16", lora={"vision_rank": rank})
-    skeleton = skeleton_of("smolvlm", {"num_hidden_layers": 6}, num_hidden_layers=7)
+    skeleton = skeleton_of("smolvlm", {"num_hidden_layers": 6}, num_hidden_layers=7, vocab_size=30_000)
     reckoned = memory_of(skeleton, shapes_of(skeleton), job)
     monkeypatch.setattr(_StageMemory, "_rehearse", lambda self, whole: [(1.0, self._prepared(whole))])
     whole = memory_of(skeleton, shapes_of(skeleton), job)

@@ -130,10 +130,9 @@ def test_only_what_changed_is_pushed_under_a_new_name_in_the_old_ones_place(
     scramble: Callable[..., None],
 ) -> None:  # fmt: skip
     engine = engine_of(server, roles, renderer)
-    scramble(roles, "policy")
     with torch.no_grad():
         for value in roles.parameters("policy").values():
-            value.copy_(value.bfloat16())
+            value.fill_(0.07)
     examples = make_examples(1)
     rollout_of(engine, examples)
     rollout_of(engine, examples)
