@@ -1,6 +1,7 @@
 """What is planned for: known GPUs with the figures of their makers' data sheets, or a size of memory.
 
-Sources: NVIDIA's data sheets and architecture white papers (products) and AMD's data sheet of the MI300X. TFLOP/s are
+Meant are the figures of NVIDIA's data sheets and architecture white papers (products) and of AMD's data sheet of the
+MI300X; few of them could be looked up again when this was written (the A40's peaks, the A10's bandwidth). TFLOP/s are
 those of dense matrices, bfloat16 with float32 sums, and plain float32 without tensor cores' TF32, which PyTorch leaves
 off by default. Bandwidth is that of the GPU's memory.
 """

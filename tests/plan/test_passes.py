@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from perl_vlm.errors import PerlVlmError
+from perl_vlm.models.inspection import Skeleton
 from perl_vlm.plan.dryrun import fused_attention, stand_ins
 from perl_vlm.plan.live import LiveBytes
 from perl_vlm.plan.memory import _StageMemory, memory_of
@@ -81,6 +82,18 @@ def test_few_layers_tell_of_all(
 ) -> None:
     job = make_job(stage, image_tokens=16, device="cuda", dtype="bfloat16", lora={"vision_rank": rank})
     skeleton = skeleton_of("smolvlm", {"num_hidden_layers": 6}, num_hidden_layers=7, vocab_size=30_000)
+    reckoned_is_whole(skeleton, job, monkeypatch)
+
+
+def test_few_layers_tell_of_all_beside_a_large_head(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few layers the LM head's chunk is the most, of all of them both graphs are."""
+    skeleton = skeleton_of("llama", num_hidden_layers=14, vocab_size=5000)
+    reckoned_is_whole(skeleton, make_job("ppo", device="cuda", dtype="bfloat16"), monkeypatch)
+
+
+def reckoned_is_whole(skeleton: Skeleton, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     reckoned = memory_of(skeleton, shapes_of(skeleton), job)
     monkeypatch.setattr(_StageMemory, "_rehearse", lambda self, whole: [(1.0, self._prepared(whole))])
     whole = memory_of(skeleton, shapes_of(skeleton), job)
