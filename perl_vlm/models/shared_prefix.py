@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -46,36 +46,30 @@ class Packed:
     """[B, R + 1] which of the M * L columns hold each sequence's last prompt token and its response. Padding points to
     the last prompt token."""
 
+    holds_several: bool
+    """Whether any row holds two prompts or two responses, which must not see each other."""
+
     @property
     def length(self) -> int:
         """L."""
         return self.input_ids.shape[1]
-
-    @property
-    def holds_several(self) -> bool:
-        """Whether any row holds two prompts or two responses, which must not see each other."""
-        return bool(((self.owners > 0) & (self.owners != self.owners[:, :1])).any() or (self.segments > 1).any())
 
     def unpack(self, hidden: Tensor) -> Tensor:
         """[M, L, H] -> [B, R + 1, H], as the trunk gives it for ``Sequences``, from the last prompt token on."""
         return hidden.flatten(0, 1)[self.where]
 
 
-def pack(sequences: Sequences, pad_id: int, *, together: bool = True) -> Packed:
-    """Put sequences that share a prompt behind one copy of it.
+def pack(sequences: Sequences, pad_id: int) -> Packed:
+    """Put sequences that share a prompt behind one copy of it, and short groups of them into one row, up to the length
+    of the longest.
 
     Args:
         sequences: B rows. Where ``prompt_of`` is not known, no two share a prompt.
         pad_id: fills the rows' ends.
-        together: several prompts may stand in one row, up to the length of the longest with its responses.
     """
     width, columns = sequences.prompt_width, sequences.input_ids.shape[1]
-    lengths = sequences.response_mask.sum(dim=1).tolist()
-    prompt_lengths = sequences.attention_mask[:, :width].sum(dim=1).tolist()
-    members = _members(sequences)
-    totals = [prompt_lengths[rows[0]] + sum(lengths[row] for row in rows) for rows in members]
-    bins = _bins(totals) if together else [[group] for group in range(len(members))]
-    longest = max(sum(totals[group] for group in held) for held in bins)
+    lengths, prompt_lengths, members, totals, bins = _layout(sequences)
+    longest = max(totals)
     source, owners, segments = (torch.full((len(bins), longest), -1) for _ in range(3))
     positions = torch.zeros(len(bins), longest, dtype=torch.long)
     where = torch.empty(len(sequences), sequences.response_mask.shape[1] + 1, dtype=torch.long)
@@ -102,8 +96,32 @@ def pack(sequences: Sequences, pad_id: int, *, together: bool = True) -> Packed:
     device = sequences.input_ids.device
     source = source.to(device)
     ids = sequences.input_ids.flatten()[source.clamp(min=0)].masked_fill(source < 0, pad_id)
-    moved = (tensor.to(device) for tensor in (owners, segments, positions, where))
-    return Packed(prompts_alone(take(sequences, order)), ids, *moved)
+    owners, segments, positions, where = (tensor.to(device) for tensor in (owners, segments, positions, where))
+    several = len(bins) < len(members) or any(len(rows) > 1 for rows in members)
+    return Packed(prompts_alone(take(sequences, order)), ids, owners, segments, positions, where, several)
+
+
+class _Layout(NamedTuple):
+    """How sequences lie in packed rows. A group is a prompt with its responses."""
+
+    lengths: list[int]
+    """Of the B responses."""
+    prompts: list[int]
+    """Lengths of the B prompts."""
+    members: list[list[int]]
+    """The sequences of each group."""
+    totals: list[int]
+    """Tokens of each group."""
+    bins: list[list[int]]
+    """The groups of each row."""
+
+
+def _layout(sequences: Sequences) -> _Layout:
+    lengths = sequences.response_mask.sum(dim=1).tolist()
+    prompts = sequences.attention_mask[:, : sequences.prompt_width].sum(dim=1).tolist()
+    members = _members(sequences)
+    totals = [prompts[rows[0]] + sum(lengths[row] for row in rows) for rows in members]
+    return _Layout(lengths, prompts, members, totals, _bins(totals))
 
 
 def _members(sequences: Sequences) -> list[list[int]]:
@@ -281,11 +299,8 @@ _EVERY = ("every kind",)
 
 def pays(sequences: Sequences, at_most: float = 0.9) -> bool:
     """Whether packed rows have at most this share of the cells of separate ones."""
-    width = sequences.prompt_width
-    lengths = sequences.response_mask.sum(dim=1).tolist()
-    prompts = sequences.attention_mask[:, :width].sum(dim=1).tolist()
-    totals = [prompts[rows[0]] + sum(lengths[row] for row in rows) for rows in _members(sequences)]
-    return max(totals) * len(_bins(totals)) <= at_most * sequences.input_ids.numel()
+    layout = _layout(sequences)
+    return max(layout.totals) * len(layout.bins) <= at_most * sequences.input_ids.numel()
 
 
 def verdict(model: Any, sequences: Sequences, packed: Packed) -> Verdict:

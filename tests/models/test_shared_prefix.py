@@ -161,9 +161,11 @@ def test_a_response_sees_its_prompt_and_itself_alone() -> None:
 
 
 def test_groups_fill_rows_up_to_the_longest() -> None:
-    several = batch({30: [10], 12: [4], 11: [3], 7: [1]})
-    assert pack(several, PAD).input_ids.shape == (2, 40), "40 tokens, and 16 + 14 + 8 of the others"
-    assert pack(several, PAD, together=False).input_ids.shape == (4, 40)
+    packed = pack(batch({30: [10], 12: [4], 11: [3], 7: [1]}), PAD)
+    assert packed.input_ids.shape == (2, 40), "40 tokens, and 16 + 14 + 8 of the others"
+    assert packed.holds_several, "prompts, though each has one response"
+    assert not pack(batch({30: [10], 29: [11]}), PAD).holds_several
+    assert pack(batch({30: [10, 1]}), PAD).holds_several
 
 
 def test_packing_is_for_batches_that_gain() -> None:
