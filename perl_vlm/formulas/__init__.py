@@ -15,6 +15,7 @@ last real token      ``last_valid``            max {t : m_t}                    
 reading a position   ``take_at``               x[b, index_b]                                     -
 log-probability      ``token_logprobs``        z_a / T - log sum_v exp(z_v / T)                  -
 entropy              ``token_entropy``         -sum_v pi(v) log pi(v)                            -
+both of one softmax  ``token_logprobs_entropy``  the two above                                   -
 sampler agreement    ``logprob_agreement``     mean exp |l_sampler - l_recomputed|               NeMo RL
 nucleus              ``top_p_mask``            smallest set of likeliest tokens with sum pi >= p 1904.09751
 drawing a token      ``inverse_cdf``           min {v : p_0 + ... + p_v > u sum p}               Devroye 1986
@@ -70,7 +71,14 @@ from perl_vlm.formulas.divergences import (
     sampled_divergence,
 )
 from perl_vlm.formulas.groups import grpo_advantages, over_tokens, rloo_advantages
-from perl_vlm.formulas.logprobs import inverse_cdf, logprob_agreement, token_entropy, token_logprobs, top_p_mask
+from perl_vlm.formulas.logprobs import (
+    inverse_cdf,
+    logprob_agreement,
+    token_entropy,
+    token_logprobs,
+    token_logprobs_entropy,
+    top_p_mask,
+)
 from perl_vlm.formulas.masking import last_valid, masked_mean, masked_sum, masked_var, masked_whiten, take_at
 from perl_vlm.formulas.policy_gradient import clipped_surrogate, clipped_value_loss
 from perl_vlm.formulas.preference import (
@@ -120,6 +128,7 @@ __all__ = [
     "take_at",
     "token_entropy",
     "token_logprobs",
+    "token_logprobs_entropy",
     "token_rewards",
     "top_p_mask",
 ]

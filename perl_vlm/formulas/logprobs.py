@@ -38,7 +38,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) 
         raise ValueError(
             f"token ids run from {int(tokens.min())} to {int(tokens.max())}; the logits cover 0 to {vocabulary - 1}"
         )
-    return _tempered(logits, temperature).gather(-1, tokens.long()[..., None])[..., 0]
+    return _of(_tempered(logits, temperature), tokens)
 
 
 def token_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -55,10 +55,26 @@ def token_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         ValueError: for another number of dimensions, or T not positive.
     """
     check_shapes(logits=(logits, "BRV"))
-    logp = _tempered(logits, temperature)
-    # 0 log 0 = 0: without this a ruled-out token would make the entropy NaN.
-    finite = logp.masked_fill(logp == float("-inf"), 0.0)
-    return -(logp.exp() * finite).sum(dim=-1)
+    return _entropy(_tempered(logits, temperature))
+
+
+def token_logprobs_entropy(logits: Tensor, tokens: Tensor, *, entropy_gradient: bool = True) -> tuple[Tensor, Tensor]:
+    """``token_logprobs`` and ``token_entropy`` of one softmax, for logits that are tempered already.
+
+    Args:
+        logits: [B, R, V].
+        tokens: [B, R] ids within the vocabulary; they are not looked at first.
+        entropy_gradient: whether gradients go through the entropy too.
+
+    Returns:
+        [B, R] and [B, R].
+
+    Raises:
+        ValueError: where the shapes do not fit.
+    """
+    check_shapes(logits=(logits, "BRV"), tokens=(tokens, "BR"))
+    logp = _tempered(logits, 1.0)
+    return _of(logp, tokens), _entropy(logp if entropy_gradient else logp.detach())
 
 
 def logprob_agreement(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
@@ -161,4 +177,14 @@ def _check_distribution(probs: Tensor, uniform: Tensor) -> None:
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
     check_positive(temperature=temperature)
-    return torch.log_softmax(upcast(logits) / temperature, dim=-1)
+    logits = upcast(logits)
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def _of(logp: Tensor, tokens: Tensor) -> Tensor:
+    return logp.gather(-1, tokens.long()[..., None])[..., 0]
+
+
+def _entropy(logp: Tensor) -> Tensor:
+    # 0 log 0 = 0: without the limit a ruled-out token would make the entropy NaN.
+    return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(dim=-1)

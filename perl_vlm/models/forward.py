@@ -78,7 +78,14 @@ def response_states(model: Any, backbone: Backbone, sequences: Sequences) -> Res
         steps=torch.arange(width, device=mask.device).expand_as(mask)[mask],
         mask=mask,
         rules=token_rules(model, backbone.eos_ids),
+        frozen_head=features is hidden and _frozen(model),
     )
+
+
+def _frozen(model: Any) -> bool:
+    """Whether a model's LM head only hands gradients on. The head of a sharded base is left to its own hooks."""
+    head = model.get_output_embeddings()
+    return not is_sharded(model) and not any(value.requires_grad for value in head.parameters())
 
 
 def response_logprobs(

@@ -2,7 +2,7 @@
 
 A batch of logits, [B, R, V], is by far the largest tensor of a language model's training step: 8 responses of 512
 tokens over 150,000 words are 2.5 GB in float32, and several such tensors live at once. Here the LM head meets a chunk
-of the real response tokens at a time, what is wanted is computed and the logits are dropped; backward makes them again.
+of the real response tokens at a time, what is wanted is computed, with its gradient, and the logits are dropped.
 
 Shape letters: B sequences, R response tokens, V vocabulary, H hidden size, and N real response tokens of a batch, row
 by row.
@@ -17,13 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from perl_vlm.errors import PerlVlmError
-from perl_vlm.formulas import exact_divergence, token_entropy, token_logprobs, top_p_mask
-
-CHUNK_BYTES = 2**27
-"""How large the float32 logits of one chunk may be. Half a dozen tensors of that size live at once."""
+from perl_vlm.formulas import exact_divergence, token_logprobs_entropy, top_p_mask
+from perl_vlm.models.chunks import chunk_tokens, in_chunks
 
 
 class ResponseLogprobs(NamedTuple):
@@ -84,10 +81,12 @@ class ResponseStates:
     mask: Tensor
     """[B, R] bool, true at the N tokens."""
     rules: TokenRules
+    frozen_head: bool = False
+    """Whether gradients end at the hidden states: the head has weights, and they do not train."""
 
     def chunk(self, wanted: int | None) -> int:
-        """Tokens a chunk: as asked, or as many as ``CHUNK_BYTES`` allows."""
-        return max(1, CHUNK_BYTES // (4 * self.vocabulary)) if wanted is None else wanted
+        """Tokens a chunk: as asked, or as many as suit the device."""
+        return chunk_tokens(self.vocabulary, self.features.device.type) if wanted is None else wanted
 
     def spread(self, values: Tensor) -> Tensor:
         """[N] -> [B, R], zero outside the mask."""
@@ -148,7 +147,7 @@ def drawn_from(
     if min_new_tokens > 0:
         early = (steps < min_new_tokens)[..., None]
         logits = logits.masked_fill(early & _among(rules.ends, logits), float("-inf"))
-    return filter_top_p(logits / temperature, top_p, keep)
+    return filter_top_p(logits if temperature == 1.0 else logits / temperature, top_p, keep)
 
 
 def _among(ids: tuple[int, ...], logits: Tensor) -> Tensor:
@@ -175,6 +174,7 @@ def logprobs_of(
     min_new_tokens: int = 0,
     value_head: Any = None,
     chunk: int | None = None,
+    entropy_gradient: bool = True,
 ) -> ResponseLogprobs:
     """Log-probs and entropies of the response tokens, as the sampler drew them, without ever holding [B, R, V].
 
@@ -182,7 +182,8 @@ def logprobs_of(
         states: from ``response_states``.
         temperature, top_p, min_new_tokens: the sampler's.
         value_head: a module whose ``value`` takes [N, H] to [N].
-        chunk: tokens at a time; by default as many as ``CHUNK_BYTES`` allows. The result does not depend on it.
+        chunk: tokens at a time; by default as many as suit the device. The result does not depend on it.
+        entropy_gradient: whether the entropies have gradients; without, a pass through the head is saved.
     """
 
     def work(features: Tensor, tokens: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
@@ -191,9 +192,13 @@ def logprobs_of(
             temperature=temperature, top_p=top_p, min_new_tokens=min_new_tokens, keep=tokens,
         )[None]  # fmt: skip
         likeliest = torch.eq(logits[0].argmax(dim=-1), tokens).float()
-        return token_logprobs(logits, tokens[None])[0], token_entropy(logits)[0], likeliest
+        logprobs, entropy = token_logprobs_entropy(logits, tokens[None], entropy_gradient=entropy_gradient)
+        return logprobs[0], entropy[0], likeliest
 
-    logprobs, entropy, likeliest = _in_chunks(work, states.chunk(chunk), states.features, states.tokens, states.steps)
+    logprobs, entropy, likeliest = in_chunks(
+        work, states.chunk(chunk), states.features, states.tokens, states.steps,
+        learning=(0, 1) if entropy_gradient else (0,), frozen=states.frozen_head,
+    )  # fmt: skip
     values = None
     if value_head is not None:
         if states.hidden is None:
@@ -244,19 +249,5 @@ def divergence_of(
 
     # Two sets of logits live at once.
     size = policy.chunk(chunk) if chunk is not None else max(1, policy.chunk(None) // 2)
-    (divergence,) = _in_chunks(work, size, policy.features, reference.features, policy.steps)
+    (divergence,) = in_chunks(work, size, policy.features, reference.features, policy.steps, frozen=policy.frozen_head)
     return policy.spread(divergence)
-
-
-def _in_chunks(work: Callable[..., tuple[Tensor, ...]], size: int, *columns: Tensor) -> list[Tensor]:
-    """``work`` on ``size`` rows of the columns at a time. Under gradients only what goes in is kept; backward runs the
-    work again."""
-    if size < 1:
-        raise ValueError(f"a chunk needs at least one token, got {size}")
-    done = []
-    for pieces in zip(*(column.split(size) for column in columns), strict=True):
-        if torch.is_grad_enabled():
-            done.append(checkpoint(work, *pieces, use_reentrant=False, preserve_rng_state=False))
-        else:
-            done.append(work(*pieces))
-    return [torch.cat(column) for column in zip(*done, strict=True)]

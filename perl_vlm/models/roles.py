@@ -305,11 +305,13 @@ class Roles:
         training: bool = False,
         value_head: str | None = None,
         divergence: str | None = None,
+        entropy_gradient: bool = True,
     ) -> ResponseLogprobs:
         """Log-probs and entropies of the responses under a role, [B, R].
 
         ``value_head`` names a role added by ``add_head_on`` to this one: its values come from the same pass.
-        ``divergence`` is a kind that ``divergence`` takes: the same pass serves it too.
+        ``divergence`` is a kind that ``divergence`` takes: the same pass serves it too. ``entropy_gradient``: whether
+        gradients go through the entropies.
         """
         self._need_language_model(name)
         if value_head is not None and self.role(value_head).trunk != name:
@@ -318,7 +320,10 @@ class Roles:
         reference = None if divergence is None else self._reference_states(sequences)
         with self.acting(name, training=training) as model:
             own = response_states(model, self.backbone, sequences)
-            out = logprobs_of(own, temperature=temperature, top_p=top_p, min_new_tokens=min_new_tokens, value_head=head)
+            out = logprobs_of(
+                own, temperature=temperature, top_p=top_p, min_new_tokens=min_new_tokens, value_head=head,
+                entropy_gradient=entropy_gradient,
+            )  # fmt: skip
             if divergence is None or reference is None:
                 return out
             away = divergence_of(divergence, own, reference, temperature=temperature, min_new_tokens=min_new_tokens)

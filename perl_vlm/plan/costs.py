@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from perl_vlm.config import EXACT_REGULARIZERS, PpoConfig
-from perl_vlm.models.logits import CHUNK_BYTES, ResponseStates, TokenRules, divergence_of, logprobs_of
+from perl_vlm.models.chunks import chunk_tokens
+from perl_vlm.models.logits import ResponseStates, TokenRules, divergence_of, logprobs_of
 from perl_vlm.plan.live import LiveBytes
 from perl_vlm.rollout.decoding import Chooser
 
@@ -26,7 +27,9 @@ class HeadCost(NamedTuple):
     going: float
     """Forwards."""
     coming: float
-    """Backwards; 0 without gradients."""
+    """Backwards; 0 without gradients, and for a frozen head, whose share is done forwards."""
+    kept: int = 0
+    """Gradients with respect to the features of the tokens, kept from one to the other: how many for each token."""
 
 
 class Drawing(NamedTuple):
@@ -36,21 +39,24 @@ class Drawing(NamedTuple):
     min_new_tokens: int = 0
     exact: str | None = None
     """The exact divergence that is computed, if any."""
+    entropy: bool = False
+    """Whether entropies have gradients."""
 
 
 def drawing(config: PpoConfig) -> Drawing:
     """As PPO's settings have it."""
-    return Drawing(config.top_p, config.min_new_tokens, config.kl if config.kl in EXACT_REGULARIZERS else None)
+    exact = config.kl if config.kl in EXACT_REGULARIZERS else None
+    return Drawing(config.top_p, config.min_new_tokens, exact, config.entropy_coef != 0)
 
 
-def chunk_logits(tokens: int, vocabulary: int) -> int:
+def chunk_logits(tokens: int, vocabulary: int, device: str) -> int:
     """Logits of the largest chunk that the head meets."""
-    return min(tokens, max(1, CHUNK_BYTES // (4 * vocabulary))) * vocabulary
+    return min(tokens, chunk_tokens(vocabulary, device)) * vocabulary
 
 
 @lru_cache(maxsize=32)
-def head_cost(dtype: torch.dtype, how: Drawing, *, training: bool) -> HeadCost:
-    """Measured on the chunked log-probs (and divergence) themselves."""
+def head_cost(dtype: torch.dtype, how: Drawing, *, training: bool, frozen: bool = True) -> HeadCost:
+    """Measured on the chunked log-probs (and divergence) themselves; ``frozen``: the head does not train."""
     weight = torch.zeros(_VOCABULARY, _HIDDEN, dtype=dtype)
     features = torch.zeros(_TOKENS, _HIDDEN, dtype=dtype, requires_grad=training)
     ones = torch.ones(1, _TOKENS, dtype=torch.bool)
@@ -60,10 +66,13 @@ def head_cost(dtype: torch.dtype, how: Drawing, *, training: bool) -> HeadCost:
         return hidden @ weight.T
 
     states = ResponseStates(
-        features, features, head, _VOCABULARY, torch.zeros_like(steps), steps, ones, TokenRules((1,))
+        features, features, head, _VOCABULARY, torch.zeros_like(steps), steps, ones, TokenRules((1,)), frozen
     )
     with torch.set_grad_enabled(training), LiveBytes() as live:
-        out = logprobs_of(states, top_p=how.top_p, min_new_tokens=how.min_new_tokens, temperature=0.7, chunk=_TOKENS)
+        out = logprobs_of(
+            states, top_p=how.top_p, min_new_tokens=how.min_new_tokens, temperature=0.7, chunk=_TOKENS,
+            entropy_gradient=how.entropy,
+        )  # fmt: skip
         going = live.peak
         away = None
         if how.exact is not None:
@@ -77,7 +86,8 @@ def head_cost(dtype: torch.dtype, how: Drawing, *, training: bool) -> HeadCost:
         loss = out.logprobs.sum() if away is None else out.logprobs.sum() + away.sum()
         live.since()
         loss.backward()
-        return HeadCost(going / (_TOKENS * _VOCABULARY), live.peak / (_TOKENS * _VOCABULARY))
+        kept = 1 + int(how.entropy) + int(how.exact is not None) if frozen else 0
+        return HeadCost(going / (_TOKENS * _VOCABULARY), live.peak / (_TOKENS * _VOCABULARY), kept)
 
 
 def _detached(states: ResponseStates) -> ResponseStates:

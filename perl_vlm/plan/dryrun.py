@@ -118,18 +118,20 @@ def stand_ins(narrow: torch.dtype | None = None) -> Iterator[None]:
 
 
 class _Bump(torch.autograd.Function):
-    """Holds so many bytes for a moment, in the forward pass and in the backward pass."""
+    """Holds so many bytes for a moment, in the forward pass and in the backward pass, and some tensors from one to the
+    other."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, going: int, coming: int, mark: Callable[[], None]) -> Tensor:
-        ctx.coming, ctx.mark = coming, mark
+    def forward(ctx: Any, hidden: Tensor, going: int, coming: int, mark: Callable[[], None], *kept: Tensor) -> Tensor:
+        ctx.coming, ctx.mark, ctx.kept = coming, mark, len(kept)
+        ctx.save_for_backward(*kept)
         _hold(going, mark)
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _hold(ctx.coming, ctx.mark)
-        return grads[0], None, None, None
+        return grads[0], None, None, None, *(None for _ in range(ctx.kept))
 
 
 def _hold(size: int, mark: Callable[[], None]) -> None:
@@ -138,10 +140,10 @@ def _hold(size: int, mark: Callable[[], None]) -> None:
     mark()
 
 
-def bump(hidden: Tensor, going: int, coming: int, mark: Callable[[], None]) -> Tensor:
-    """The same tensor, on whose way ``going`` bytes are held for a moment forwards and ``coming`` bytes backwards.
-    ``mark`` is called before and after."""
-    return _Bump.apply(hidden, going, coming, mark)
+def bump(hidden: Tensor, going: int, coming: int, mark: Callable[[], None], *kept: Tensor) -> Tensor:
+    """The same tensor, on whose way ``going`` bytes are held for a moment forwards and ``coming`` bytes backwards, and
+    the tensors ``kept`` in between. ``mark`` is called before and after."""
+    return _Bump.apply(hidden, going, coming, mark, *kept)
 
 
 class _Joined(torch.autograd.Function):

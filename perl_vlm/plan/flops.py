@@ -6,7 +6,8 @@ A product of [T, n] with a weight of [n, m] takes 2 T n m. With N the parameters
 - backward, LoRA needs the gradient of the activations alone, another 2N, so 4N in all; full tuning that of the weights
   too, 6N; attention takes twice its forward pass, and an adapter of a parameters 4a, as everything that trains;
 - recomputing activations (checkpointing) adds a forward pass;
-- the LM head, V H parameters, is met at response tokens only. In training its chunks are computed twice (logits.py);
+- the LM head, V H parameters, is met at response tokens only. In training a frozen head takes twice as much,
+  one with weights that train four times, since its chunks are computed again (chunks.py);
 - decoding takes 2N for each token, and one read of the weights for each step of the whole batch.
 
 Shape letters: A attention heads, D head size, V vocabulary, H hidden size.
@@ -103,7 +104,7 @@ def trunk_training(shapes: Shapes, batch: Batch, trains: Trains) -> float:
 
 def head(shapes: Shapes, tokens: int, *, training: bool = False, full: bool = False) -> float:
     """The LM head at so many tokens."""
-    times = 1 + (2 + int(full) if training else 0)
+    times = 1 + (1 + 2 * int(full) if training else 0)
     return 2.0 * times * tokens * shapes.head
 
 

@@ -123,7 +123,8 @@ class _Run:
             scores = self.roles.raw_scores("reward", sequences, training=True)[:, 0]
             return bradley_terry(*scores.chunk(2), denominator=float(batch.prompts))
         if self.job.stage == "sft":
-            return -masked_sum(self.roles.logprobs("sft", sequences, training=True).logprobs, sequences.response_mask)
+            out = self.roles.logprobs("sft", sequences, training=True, entropy_gradient=False)
+            return -masked_sum(out.logprobs, sequences.response_mask)
         zeros = torch.zeros(batch.sequences, batch.response, device=sequences.input_ids.device)
         measured: Any = SimpleNamespace(**dict.fromkeys((field.name for field in fields(Scored)), zeros))
         experience: Any = SimpleNamespace(

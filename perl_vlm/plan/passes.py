@@ -215,8 +215,9 @@ class Rehearsal:
     def _logprobs(self, model: Any, hidden: Tensor, batch: Batch) -> Tensor:
         features = hidden[:, :-1].flatten(0, 1).clone()
         cost = self._head_cost()
-        logits = chunk_logits(batch.response_tokens, self.shapes.vocabulary)
-        states = bump(features, int(cost.going * logits), int(cost.coming * logits), self._mark)
+        logits = chunk_logits(batch.response_tokens, self.shapes.vocabulary, self.job.device)
+        kept = [torch.empty_like(features) for _ in range(cost.kept)]
+        states = bump(features, int(cost.going * logits), int(cost.coming * logits), self._mark, *kept)
         if self.full and torch.is_grad_enabled():  # the head trains: its gradient comes into being here
             nn.functional.linear(states[:1], model.get_output_embeddings().weight)
             return nn.functional.linear(states, model.get_output_embeddings().weight[:1]).flatten()
@@ -224,7 +225,7 @@ class Rehearsal:
 
     def _head_cost(self) -> HeadCost:
         how = drawing(self.job.config.ppo) if self.job.stage == "ppo" else Drawing()
-        return head_cost(self.dtype, how, training=torch.is_grad_enabled())
+        return head_cost(self.dtype, how, training=torch.is_grad_enabled(), frozen=not self.full)
 
     def _responses(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[M, L, H] -> [B, R + 1, H]."""

@@ -75,7 +75,7 @@ def learn(stage: Stage, batch: Sequences, tokens: int, rows: Sequence[int]) -> T
     """Add the gradient of some rows of a batch of so many response tokens; their share, [2], of its loss and of its
     accuracy."""
     sequences = to_device(take(batch, rows), stage.device)
-    out = stage.roles.logprobs("sft", sequences, training=True)
+    out = stage.roles.logprobs("sft", sequences, training=True, entropy_gradient=False)
     assert out.likeliest is not None  # logprobs always tells
     loss = -masked_sum(out.logprobs, sequences.response_mask) / tokens
     loss.backward()

@@ -106,7 +106,10 @@ def minibatch_loss(
 
     on_trunk = "value" if config.value_kind == "policy_head" else None
     exact = config.kl if config.kl in EXACT_REGULARIZERS else None
-    out = roles.logprobs("policy", part, value_head=on_trunk, divergence=exact, **sampling(config))
+    out = roles.logprobs(
+        "policy", part, value_head=on_trunk, divergence=exact, entropy_gradient=config.entropy_coef != 0,
+        **sampling(config),
+    )  # fmt: skip
     old = of(measured.logprobs) if config.recomputes else out.logprobs.detach()
     policy_loss, diagnostics = clipped_surrogate(
         out.logprobs, old, of(experience.advantages), mask, clip_range=config.clip_range,

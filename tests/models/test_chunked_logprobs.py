@@ -31,6 +31,7 @@ from perl_vlm.formulas import inverse_cdf, token_entropy, token_logprobs
 from perl_vlm.models import forward, lm_head
 from perl_vlm.models import logits as logits_module
 from perl_vlm.models.backbone import Backbone
+from perl_vlm.models.chunks import chunk_tokens
 from perl_vlm.models.forward import response_hidden, response_logits, response_logprobs, response_states
 from perl_vlm.models.logits import filter_top_p, logprobs_of
 from perl_vlm.models.shared_prefix import refuse
@@ -179,7 +180,12 @@ def test_the_chunk_fits_its_budget() -> None:
     nothing = torch.zeros((1, 3), dtype=torch.long)
     none = Sequences(nothing, nothing + 1, torch.zeros((1, 1), dtype=torch.bool), {}, (0,))
     states = response_states(backbone.model, backbone, none)
-    assert states.chunk(None) * 4 * VOCABULARY <= 2**27 < (states.chunk(None) + 1) * 4 * VOCABULARY
+    assert states.chunk(None) * 4 * VOCABULARY <= 2**22 < (states.chunk(None) + 1) * 4 * VOCABULARY
+    assert (
+        chunk_tokens(VOCABULARY, "cuda") * 4 * VOCABULARY
+        <= 2**27
+        < (chunk_tokens(VOCABULARY, "cuda") + 1) * 4 * VOCABULARY
+    )
     assert states.chunk(7) == 7
     got = logprobs_of(states)
     assert got.logprobs.tolist() == [[0.0]]

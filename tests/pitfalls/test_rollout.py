@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from perl_vlm.data.render import Renderer
 from perl_vlm.errors import PerlVlmError
-from perl_vlm.models import logits as logits_module
+from perl_vlm.models import chunks as chunks_module
 from perl_vlm.models.roles import Roles
 from perl_vlm.models.towers import tower_of
 from perl_vlm.rollout import sampler as sampler_module
@@ -49,7 +49,7 @@ def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(
 ) -> None:
     """The mistake: logits of all tokens, B x T x V, are kept by the rollout, the recomputation or the update."""
     vocabulary, rows, lengths = 8192, 8, (8, 40)
-    monkeypatch.setattr(logits_module, "CHUNK_BYTES", 16 * 4 * vocabulary)
+    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", 16 * 4 * vocabulary)
     wide = save_llama(tmp_path / "wide", vocab_size=vocabulary, hidden_size=16, intermediate_size=16)
     peaks = {"round": [], "update": []}
     for length in lengths:

@@ -120,10 +120,10 @@ def test_checkpointing_keeps_little(settings: dict[str, Any], make_job: Callable
 
 
 def test_the_vocabulary_costs_a_chunk_at_most(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perl_vlm.plan.costs.CHUNK_BYTES", 2**20)
+    monkeypatch.setattr("perl_vlm.models.chunks.CHUNK_BYTES", 2**20)
     small, large = (update_peak(make_job("sft"), vocab_size=size) for size in (50_000, 200_000))
     assert large == pytest.approx(small, rel=0.3)
-    monkeypatch.setattr("perl_vlm.plan.costs.CHUNK_BYTES", 2**40)
+    monkeypatch.setattr("perl_vlm.models.chunks.CHUNK_BYTES", 2**40)
     assert update_peak(make_job("sft"), vocab_size=200_000) > 3 * large
 
 

@@ -62,13 +62,22 @@ def test_the_head_costs_a_few_floats_a_logit() -> None:
     exact = head_cost(torch.float32, Drawing(exact="reverse_kl"), training=True)
     assert scoring.coming == 0
     assert 2 * 4 <= scoring.going <= 12 * 4
-    assert training.coming > training.going / 2
-    assert exact.coming >= training.coming
+    assert training.coming < 2, "a frozen head's gradient is made on the way"
+    assert training.going > scoring.going
+    assert exact.going >= training.going
+    assert (training.kept, exact.kept) == (1, 2)
+    again = head_cost(torch.float32, Drawing(), training=True, frozen=False)
+    assert again.coming > again.going / 2
+    assert again.kept == 0
     assert 2 * 4 <= sampler_cost(torch.float32, Drawing()) <= 24 * 8
 
 
 def test_a_chunk_is_no_larger_than_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perl_vlm.plan.costs.CHUNK_BYTES", 4 * 1000 * 10)
-    assert chunk_logits(3, 1000) == 3000
-    assert chunk_logits(30, 1000) == 10_000
-    assert chunk_logits(30, 100_000) == 100_000, "one token at least"
+    monkeypatch.setattr("perl_vlm.models.chunks.CHUNK_BYTES", 4 * 1000 * 10)
+    assert chunk_logits(3, 1000, "cuda") == 3000
+    assert chunk_logits(30, 1000, "cuda") == 10_000
+    assert chunk_logits(30, 100_000, "cuda") == 100_000, "one token at least"
+    assert chunk_logits(30, 1000, "cpu") == 10_000
+    monkeypatch.undo()
+    assert chunk_logits(10**6, 150_000, "cpu") == 128 * 150_000, "as many as are worth reading the weights for"
+    assert chunk_logits(10**6, 1000, "cpu") == 1048 * 1000
