@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from perl_vlm.config import LoraConfig
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.adapter_files import PREFIX, WEIGHTS_FILE, check_place, read_adapter
+from perl_vlm.models.fused_layers import fuse_layers
 from perl_vlm.models.fused_lora import fuse
 from perl_vlm.models.loading import reason
 from perl_vlm.models.provenance import is_quantised
@@ -91,6 +92,7 @@ class Adapters:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        fuse_layers(model)
         self._peft: PeftModel | None = None
         self._trainable: tuple[str, ...] = ()
         self._active: tuple[str, ...] | None = None

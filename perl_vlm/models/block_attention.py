@@ -71,10 +71,16 @@ def _stretches(wanted: Tensor, length: int) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
+def _answers(query: Tensor, blocks: tuple[Block, ...]) -> Tensor:
+    """Where what belongs to each query goes; zero for those that are in no block."""
+    complete = sum(block.end - block.start for block in blocks) == query.shape[2]
+    return (torch.empty_like if complete else torch.zeros_like)(query, memory_format=torch.contiguous_format)
+
+
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: tuple[Block, ...]) -> Tensor:
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        out = _answers(query, blocks)
         kept = []
         for block in blocks:
             keys, values = _picked(key, block), _picked(value, block)
@@ -89,7 +95,7 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         (grad,) = grads
-        to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        to_query = _answers(query, ctx.blocks)
         to_key, to_value = torch.zeros_like(key), torch.zeros_like(value)
         for block, weights in zip(ctx.blocks, kept, strict=True):
             keys, values = _picked(key, block), _picked(value, block)
@@ -170,6 +176,29 @@ def with_blocks(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask, [M, 1, L, L] bool, with its blocks on it, for attention under ``blockwise``."""
     seen.blocks = blocks_of(seen, dtype)  # type: ignore[attr-defined]
     return seen
+
+
+def narrowed(mask: Tensor, columns: Tensor) -> Tensor:
+    """The same mask, with blocks for the queries of some columns alone; what attention gives at others is zero. A mask
+    without blocks stays as it is.
+
+    Args:
+        mask: as ``with_blocks`` made it.
+        columns: [L] bool.
+    """
+    blocks = getattr(mask, "blocks", None)
+    if blocks is None:
+        return mask
+    found = []
+    for block in blocks:
+        edges = torch.nn.functional.pad(columns[block.start : block.end].int(), (1, 1)).diff()
+        begins, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
+        for first, last in zip(begins, ends, strict=True):
+            bias = None if block.bias is None else block.bias[:, :, first:last]
+            found.append(Block(block.start + first, block.start + last, block.stretches, bias))
+    mask = mask.view_as(mask)
+    mask.blocks = tuple(found)  # type: ignore[attr-defined]
+    return mask
 
 
 def has_blocks(model: Any) -> bool:

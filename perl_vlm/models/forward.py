@@ -140,15 +140,16 @@ def response_logits(
 # -- hidden states -------------------------------------------------------------------------------------------------
 
 
-def response_hidden(model: Any, backbone: Backbone, sequences: Sequences) -> Tensor:
+def response_hidden(model: Any, backbone: Backbone, sequences: Sequences, *, ends: bool = False) -> Tensor:
     """Last hidden states from the last prompt token to the last response column: [B, R + 1, H].
 
-    Entry t is the state before response token t is known; entry t + 1 the state that has read it.
+    Entry t is the state before response token t is known; entry t + 1 the state that has read it. With ``ends`` the
+    entry behind each response's last token is right, and no other need be.
 
     Raises:
         PerlVlmError: for a model that does not show its last hidden states.
     """
-    hidden, _ = trunk(model, backbone, sequences)
+    hidden, _ = trunk(model, backbone, sequences, ends=ends)
     if hidden is None:
         raise PerlVlmError(
             f"{type(model).__name__} does not show its last hidden states: its trunk, {type(model.base_model).__name__}"

@@ -375,7 +375,7 @@ class Roles:
         with self.acting(name, training=training) as model:
             if self.backbone.kind != "causal":
                 return head(pooled_hidden(model, self.backbone, sequences))
-            hidden = response_hidden(model, self.backbone, sequences)[:, 1:]
+            hidden = response_hidden(model, self.backbone, sequences, ends=True)[:, 1:]
             last = last_valid(sequences.response_mask)
             return head(hidden[torch.arange(len(sequences), device=hidden.device), last])
 

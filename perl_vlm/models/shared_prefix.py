@@ -48,6 +48,18 @@ class Packed:
 
     holds_several: bool
     """Whether any row holds two prompts or two responses, which must not see each other."""
+    ends: bool = False
+    """Whether of each sequence its last token alone is read; ``where`` then points there everywhere."""
+
+    @property
+    def read(self) -> Tensor:
+        """[n] which of the M * L columns are read, each once."""
+        return self.where.unique()
+
+    def at_ends(self, sequences: Sequences) -> Packed:
+        """The same rows, of which the sequences' last tokens alone are read."""
+        last = sequences.response_mask.sum(dim=1, keepdim=True)
+        return replace(self, where=self.where.gather(1, last).expand_as(self.where), ends=True)
 
     @property
     def length(self) -> int:
@@ -307,7 +319,8 @@ def verdict(model: Any, sequences: Sequences, packed: Packed) -> Verdict:
     """What ``judge`` found of a model and batches of a kind: with what these bring besides ids (pictures, token types),
     and with or without rows that hold several responses, for those without prove nothing about those with."""
     found = _verdicts.setdefault(model, {})
-    kind = (*sorted(sequences.extras), "several" if packed.holds_several else "single")
+    rows = "several" if packed.holds_several else "single"
+    kind = (*sorted(sequences.extras), rows, *(["ends"] if packed.ends else []))
     return found.get(_EVERY) or found.setdefault(kind, Verdict())
 
 
@@ -322,13 +335,22 @@ def judge(model: Any, sequences: Sequences, packed: Packed, states: Tensor, expe
     Returns:
         Nothing where they agree, else why they do not.
     """
-    ours, theirs = states.double(), expected.double()
-    away = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
-    limit = TOLERANCE[multiplies_in(states)]
+    away, limit = differ(states, expected), tolerance(expected)
     if not away <= limit:  # nor is what is no number
         return refuse(model, f"its states differ by {away:.2g} of their size, {limit:g} is allowed")
     verdict(model, sequences, packed).length = packed.length
     return ""
+
+
+def differ(states: Tensor, expected: Tensor) -> float:
+    """How far states are from others, as a root mean square relative to these."""
+    theirs = expected.double()
+    return ((states.double() - theirs).square().mean() / theirs.square().mean()).sqrt().item()
+
+
+def tolerance(states: Tensor) -> float:
+    """How far they may be."""
+    return TOLERANCE[multiplies_in(states)]
 
 
 def multiplies_in(tensor: Tensor) -> torch.dtype:

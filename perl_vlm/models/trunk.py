@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,13 +13,28 @@ from perl_vlm.errors import PerlVlmError, is_out_of_memory
 from perl_vlm.models.backbone import Backbone, accepts
 from perl_vlm.models.block_attention import blockwise, has_blocks
 from perl_vlm.models.inputs import check_length, model_inputs, response_type
+from perl_vlm.models.last_layer import narrows, only_at, stay_wide
 from perl_vlm.models.sharding import is_sharded
-from perl_vlm.models.shared_prefix import Packed, judge, pack, packed_inputs, pays, refuse, verdict
+from perl_vlm.models.shared_prefix import (
+    Packed,
+    differ,
+    judge,
+    pack,
+    packed_inputs,
+    pays,
+    refuse,
+    tolerance,
+    verdict,
+)
 from perl_vlm.types import Sequences
 
 
-def trunk(model: Any, backbone: Backbone, sequences: Sequences) -> tuple[Tensor | None, Tensor | None]:
+def trunk(
+    model: Any, backbone: Backbone, sequences: Sequences, *, ends: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
     """Last hidden states [B, T, H], and the model's own logits of the last column [B, 1, V] where those can be had.
+
+    They are right from the last prompt token on, to the end of each response; with ``ends`` at those last tokens alone.
 
     The model is called as a whole, with one column for its LM head, and its trunk listened to: what a family does on
     the way to the trunk is done, and a sharded model gathers its weights as it does in any forward pass.
@@ -26,6 +42,8 @@ def trunk(model: Any, backbone: Backbone, sequences: Sequences) -> tuple[Tensor 
     if _worth_packing(model, sequences):
         check_length(backbone, sequences)
         packed = pack(sequences, backbone.pad_id)
+        if ends:
+            packed = packed.at_ends(sequences)
         if _sharing(model, backbone, sequences, packed):
             return _shared(model, backbone, packed), None
     return _separate(model, backbone, sequences)
@@ -49,7 +67,8 @@ def _separate(model: Any, backbone: Backbone, sequences: Sequences) -> tuple[Ten
 def _shared(model: Any, backbone: Backbone, packed: Packed) -> Tensor:
     """Last hidden states [B, R + 1, H] of sequences of which several have one prompt, each prompt read once."""
     inputs = packed_inputs(model, backbone, packed, fill=response_type(model))
-    with blockwise(model):
+    narrow = only_at(model, packed.input_ids.shape, packed.read) if narrows(backbone.model) else nullcontext()
+    with blockwise(model), narrow:
         if accepts(backbone.model, "logits_to_keep"):
             hidden, _ = _listened(model, backbone, inputs, keep=1)
         else:  # the head alone would cost logits of every token
@@ -77,26 +96,55 @@ def _sharing(model: Any, backbone: Backbone, sequences: Sequences, packed: Packe
     return not why
 
 
+_FAILURES = (PerlVlmError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
+"""How a model says that it cannot take such rows."""
+
+
 @torch.no_grad()
 def _try_sharing(model: Any, backbone: Backbone, sequences: Sequences, packed: Packed) -> str:
-    training = [module for module in model.modules() if module.training]
+    base, training = backbone.model, [module for module in model.modules() if module.training]
     try:
         for module in training:  # dropout would make any two passes differ
             module.training = False
         separate, _ = _separate(model, backbone, sequences)
         if separate is None:
-            return refuse(backbone.model, "it does not show its last hidden states")
-        width = sequences.response_mask.shape[1]
-        real = torch.cat([sequences.response_mask[:, :1] | True, sequences.response_mask], dim=1)
-        states = _shared(model, backbone, packed)
-        return judge(backbone.model, sequences, packed, states[real], separate[:, -width - 1 :][real])
-    except (PerlVlmError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            raise  # says nothing about the model; who called begins again with fewer rows
-        return refuse(backbone.model, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            return refuse(base, "it does not show its last hidden states")
+        real = _compared(sequences, packed)
+        expected = separate[:, -real.shape[1] :][real]
+        if narrows(base):
+            states = _narrowly(model, backbone, packed)
+            if states is not None and differ(states[real], expected) <= tolerance(expected):
+                return judge(base, sequences, packed, states[real], expected)
+            stay_wide(base)
+        return judge(base, sequences, packed, _shared(model, backbone, packed)[real], expected)
+    except _FAILURES as error:
+        _raise_out_of_memory(error)
+        return refuse(base, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
     finally:
         for module in training:
             module.training = True
+
+
+def _compared(sequences: Sequences, packed: Packed) -> Tensor:
+    """[B, R + 1] bool: the states that are read."""
+    if packed.ends:
+        nowhere = torch.zeros_like(sequences.response_mask[:, :1]).expand(-1, sequences.response_mask.shape[1] + 1)
+        return nowhere.scatter(1, sequences.response_mask.sum(dim=1, keepdim=True), True)
+    return torch.cat([sequences.response_mask[:, :1] | True, sequences.response_mask], dim=1)
+
+
+def _narrowly(model: Any, backbone: Backbone, packed: Packed) -> Tensor | None:
+    """What packed rows give where the last layer meets the tokens alone that are read; None where it cannot."""
+    try:
+        return _shared(model, backbone, packed)
+    except _FAILURES as error:
+        _raise_out_of_memory(error)
+        return None
+
+
+def _raise_out_of_memory(error: Exception) -> None:
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        raise error  # says nothing about the model; who called begins again with fewer rows
 
 
 def own_forward(

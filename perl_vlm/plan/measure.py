@@ -24,7 +24,7 @@ from perl_vlm.plan.random_models import IMAGE_TOKEN, random_pictures
 from perl_vlm.plan.settings import Batch, Job
 from perl_vlm.rollout.sampler import decode
 from perl_vlm.train.experience import Measured as Scored
-from perl_vlm.train.update import minibatch_loss
+from perl_vlm.train.update import learn
 from perl_vlm.types import Sequences
 
 _TOKENIZER = SimpleNamespace(pad_token_id=0, bos_token_id=1)
@@ -110,21 +110,23 @@ class _Run:
             self._score(batch)
             mark("scoring")
         for _ in range(min(2, job.own.accumulate)):
-            self._loss(batch).backward()
+            self._learn(batch)
         mark("update" if job.stage == "ppo" else "micro-batch")
         self.optimizer.step()
         mark("optimizer step")
         self.optimizer.zero_grad(set_to_none=True)
         return found
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _learn(self, batch: Batch) -> None:
         sequences = self._sequences(batch)
         if self.job.stage == "rm":
             scores = self.roles.raw_scores("reward", sequences, training=True)[:, 0]
-            return bradley_terry(*scores.chunk(2), denominator=float(batch.prompts))
+            bradley_terry(*scores.chunk(2), denominator=float(batch.prompts)).backward()
+            return
         if self.job.stage == "sft":
             out = self.roles.logprobs("sft", sequences, training=True, entropy_gradient=False)
-            return -masked_sum(out.logprobs, sequences.response_mask)
+            (-masked_sum(out.logprobs, sequences.response_mask)).backward()
+            return
         zeros = torch.zeros(batch.sequences, batch.response, device=sequences.input_ids.device)
         measured: Any = SimpleNamespace(**dict.fromkeys((field.name for field in fields(Scored)), zeros))
         experience: Any = SimpleNamespace(
@@ -132,7 +134,7 @@ class _Run:
             advantages=zeros, returns=zeros,
         )  # fmt: skip
         stage: Any = SimpleNamespace(config=self.job.config, roles=self.roles)
-        return minibatch_loss(stage, experience, range(batch.sequences), 1.0, 0.1)[0]
+        learn(stage, experience, range(batch.sequences), 1.0, 0.1)
 
     @torch.no_grad()
     def _score(self, batch: Batch) -> None:

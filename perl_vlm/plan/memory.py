@@ -68,7 +68,7 @@ def rewards_here(job: Job) -> int:
 
 
 def graphs_of(job: Job) -> list[tuple[str, Reads]]:
-    """Roles whose graphs live at once in training, and what is read of each."""
+    """Roles that a training step goes through, and what is read of each."""
     if job.stage == "ppo":
         return update_graphs(job.config.ppo)
     return [("sft", "logprobs")] if job.stage == "sft" else [("reward", "scores")]

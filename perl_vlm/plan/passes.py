@@ -136,7 +136,7 @@ class Rehearsal:
     def training_peaks(
         self, batch: Batch, graphs: Sequence[tuple[str, str]], *, with_gradients: bool
     ) -> tuple[int, ...]:
-        """Forward and backward passes whose graphs live at once.
+        """Forward and backward passes, one role's after the other's.
 
         Args:
             batch: one micro-batch.
@@ -151,10 +151,13 @@ class Rehearsal:
             value.grad = torch.empty_like(value) if with_gradients else None
         masks = self._masks(batch)
         with self._counting([value.grad for value in trained if value.grad is not None]):
-            with stand_ins(self.narrow):
-                outs = [self._read(name, what, heads[name], batch, masks) for name, what in graphs]
-            self._mark()
-            torch.autograd.backward([out.sum() for out in outs])  # outside of autocast, as in the stages
+            for name, what in graphs:
+                with stand_ins(self.narrow):
+                    out = self._read(name, what, heads[name], batch, masks)
+                self._mark()
+                out.sum().backward()  # outside of autocast, as in the stages
+                del out
+                self._mark()
         for value in trained:
             value.grad = None
         return tuple(self._ends)

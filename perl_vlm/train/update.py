@@ -72,9 +72,8 @@ def accumulate(stage: Stage, experience: Experience, chosen: Sequence[int], step
 
     def work(rows: Sequence[int], weight: float = 1.0) -> Tensor:
         with remembering_pictures(stage.roles.backbone.model):
-            loss, diagnostics = minibatch_loss(stage, experience, rows, tokens, beta)
-        (loss * weight).backward()
-        return torch.stack([loss.detach(), *(diagnostics[name] for name in DIAGNOSTICS)])
+            loss, diagnostics = learn(stage, experience, rows, tokens, beta, weight=weight)
+        return torch.stack([loss, *(diagnostics[name] for name in DIAGNOSTICS)])
 
     def undo() -> None:
         for name in ("policy", "value"):
@@ -92,17 +91,27 @@ def accumulate(stage: Stage, experience: Experience, chosen: Sequence[int], step
     return dict(zip(DIAGNOSTICS, stage.parallel.sum_(torch.stack(total)).tolist(), strict=True))
 
 
-def minibatch_loss(
-    stage: Stage, experience: Experience, rows: Sequence[int], tokens: float, beta: float
+def learn(
+    stage: Stage, experience: Experience, rows: Sequence[int], tokens: float, beta: float, *, weight: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Policy, value, regulariser and entropy loss of some of this process's rows, each a sum over tokens divided by
-    ``tokens``."""
+    """Add the gradient of some of this process's rows: of the policy, regulariser and entropy loss, and of the value
+    loss, each a sum over tokens divided by ``tokens``; returns the whole loss and what it consists of.
+
+    A value function of its own shares nothing that trains with the policy, so the one's backward pass is done before
+    the other's forward pass: what both keep for it is never held at once.
+    """
     config, roles, measured = stage.config.ppo, stage.roles, experience.measured
     part = take(experience.rollout.sequences, [row - experience.rows.start for row in rows])
     mask, width = part.response_mask, part.response_mask.shape[1]
 
     def of(full: Tensor) -> Tensor:
         return full[list(rows), :width]
+
+    def value_loss(values: Tensor) -> tuple[Tensor, Tensor]:
+        return clipped_value_loss(
+            values, of(measured.values), of(experience.returns), mask, clip_range=config.value_clip_range,
+            denominator=tokens,
+        )  # fmt: skip
 
     on_trunk = "value" if config.value_kind == "policy_head" else None
     exact = config.kl if config.kl in EXACT_REGULARIZERS else None
@@ -115,32 +124,32 @@ def minibatch_loss(
         out.logprobs, old, of(experience.advantages), mask, clip_range=config.clip_range,
         denominator=tokens,
     )  # fmt: skip
-    nothing = torch.zeros_like(policy_loss)
-    value_loss = value_clipped = nothing
-    if "value" in roles:
-        values = roles.values("value", part) if out.values is None else out.values
-        value_loss, value_clipped = clipped_value_loss(
-            values, of(measured.values), of(experience.returns), mask, clip_range=config.value_clip_range,
-            denominator=tokens,
-        )  # fmt: skip
-    regularizer = nothing
+    regularizer = of_values = clipped = torch.zeros_like(policy_loss)
     away = out.divergence
     if away is None and config.kl_in == "loss" and config.kl != "none":
         away = sampled_divergence(config.kl, out.logprobs, of(measured.reference_logprobs))
     if away is not None:
         regularizer = beta * masked_sum(away, mask) / tokens
-    loss = policy_loss + config.vf_coef * value_loss + regularizer
+    loss = policy_loss + regularizer
     if config.entropy_coef:
         loss = loss - config.entropy_coef * masked_sum(out.entropy, mask) / tokens
+    if out.values is not None:
+        of_values, clipped = value_loss(out.values)
+        loss = loss + config.vf_coef * of_values
+    (loss * weight).backward()
+    total = loss.detach()
     found = {
         "loss/policy_avg": policy_loss,
-        "loss/value_avg": value_loss,
         "loss/regularizer_avg": regularizer,
         "policy/approxkl_avg": diagnostics["approx_kl"],
         "policy/clipfrac_avg": diagnostics["clip_fraction"],
         "val/ratio": diagnostics["ratio_mean"],
-        "val/clipfrac_avg": value_clipped,
         "policy/entropy_avg": masked_sum(out.entropy, mask) / tokens,
         AGREEMENT: masked_sum((of(measured.sampled_logprobs) - out.logprobs).abs().exp(), mask) / tokens,
     }
-    return loss, {key: value.detach() for key, value in found.items()}
+    if "value" in roles and on_trunk is None:
+        of_values, clipped = value_loss(roles.values("value", part))
+        (config.vf_coef * of_values * weight).backward()
+        total = total + config.vf_coef * of_values.detach()
+    found |= {"loss/value_avg": of_values, "val/clipfrac_avg": clipped}
+    return total, {key: value.detach() for key, value in found.items()}

@@ -21,7 +21,7 @@ from perl_vlm.train.ppo import add_roles
 from perl_vlm.train.rewards import Rewards
 from perl_vlm.train.rundir import RunDir
 from perl_vlm.train.signals import StopOnSignal
-from perl_vlm.train.update import minibatch_loss
+from perl_vlm.train.update import learn
 from perl_vlm.types import Example, ImageSlot, Message
 from perl_vlm_vqa import VQA
 
@@ -59,7 +59,7 @@ def test_a_blank_picture_changes_logprobs_all_the_way_through_ppo(tmp_path: Path
     torch.testing.assert_close(experience.rollout.sampled_logprobs, seen, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(experience.measured.logprobs, seen, atol=1e-4, rtol=1e-4)
     for rows in ([5, 2], [7]):
-        _, diagnostics = minibatch_loss(stage, experience, rows, torch.tensor(4 * len(rows)), 0.0)
+        _, diagnostics = learn(stage, experience, rows, torch.tensor(4 * len(rows)), 0.0)
         assert diagnostics["val/ratio"].item() == pytest.approx(1.0, abs=1e-4)
         assert diagnostics["policy/approxkl_avg"].item() == pytest.approx(0.0, abs=1e-6)
 

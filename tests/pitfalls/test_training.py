@@ -204,13 +204,13 @@ def gradients(stage: Stage, *names: str) -> dict[str, Tensor]:
 def test_one_batch_of_32_equals_four_of_8(play: Play, stage_of: StageOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mistake: accumulation runs the same rows again, or averages means of micro-batches of different lengths."""
     seen: list[list[int]] = []
-    loss_of = update_module.minibatch_loss
+    learn = update_module.learn
 
-    def counted(stage: Stage, experience: Any, rows: Sequence[int], *rest: Any) -> Any:
+    def counted(stage: Stage, experience: Any, rows: Sequence[int], *rest: Any, **named: Any) -> Any:
         seen.append(list(rows))
-        return loss_of(stage, experience, rows, *rest)
+        return learn(stage, experience, rows, *rest, **named)
 
-    monkeypatch.setattr(update_module, "minibatch_loss", counted)
+    monkeypatch.setattr(update_module, "learn", counted)
     played = play(batch_size=32, value="zero", entropy_coef=0.1, kl="k2", kl_in="loss", scale=0.1, temperature=1.5)
     stage, experience = played.stage, played.experience
     assert len(set(experience.mask.sum(dim=1).tolist())) > 2

@@ -127,10 +127,10 @@ def test_the_vocabulary_costs_a_chunk_at_most(make_job: Callable[..., Job], monk
     assert update_peak(make_job("sft"), vocab_size=200_000) > 3 * large
 
 
-def test_a_critic_of_its_own_doubles_the_graph(make_job: Callable[..., Job]) -> None:
+def test_a_critic_of_its_own_keeps_no_second_graph(make_job: Callable[..., Job]) -> None:
     own = update_peak(make_job("ppo", ppo={"value": "zero"}))
     on_trunk = update_peak(make_job("ppo", ppo={"value": "policy_head"}))
-    assert 1.6 * on_trunk < own < 2.1 * on_trunk
+    assert 0.95 * on_trunk < own < 1.1 * on_trunk
 
 
 def test_an_adapted_vision_tower_keeps_its_activations(make_job: Callable[..., Job]) -> None:
