@@ -41,6 +41,9 @@ class RunConfig:
     """Type of the frozen base: bfloat16 on a GPU that has it, else float32. Adapters and heads are float32."""
     load_in_4bit: bool = False
     """Hold the frozen base in 4 bits (NF4, through bitsandbytes). Needs CUDA and tuning lora."""
+    checkpointing: bool = False
+    """Compute each layer's activations again for backward: much less memory, a quarter to a third more time. Switched
+    on by itself where memory runs out with a single record."""
     max_prompt_tokens: int = 2048
     """Longer prompts are refused: image tokens are never cut."""
     max_response_tokens: int = 512

@@ -2,7 +2,8 @@
 
 PyTorch's own kernel computes all of [T, T] under a mask, and is slow backward. In packed rows less than half of it is
 visible: a causal prefix, and responses that do not see each other. Here a block of queries meets only the stretches of
-keys that one of its queries sees, in plain matrix products; the weights are kept for backward.
+keys that one of its queries sees, in plain matrix products. Backward makes the weights again: kept, they would be a
+fifth of what a reward model's step holds, and save a fiftieth of its time.
 
 Shape letters: M rows, H query heads, K key heads, L tokens, D head size.
 """
@@ -81,24 +82,23 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: tuple[Block, ...]) -> Tensor:
         out = _answers(query, blocks)
-        kept = []
         for block in blocks:
             keys, values = _picked(key, block), _picked(value, block)
             weights = torch.softmax(_scores(query, keys, scale, block), dim=-1)
             out[:, :, block.start : block.end] = _ungrouped(weights @ values, query.shape[1])
-            kept.append(weights)
-        ctx.save_for_backward(query, key, value, *kept)
+        ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.blocks = scale, blocks
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         (grad,) = grads
         to_query = _answers(query, ctx.blocks)
         to_key, to_value = torch.zeros_like(key), torch.zeros_like(value)
-        for block, weights in zip(ctx.blocks, kept, strict=True):
+        for block in ctx.blocks:
             keys, values = _picked(key, block), _picked(value, block)
+            weights = torch.softmax(_scores(query, keys, ctx.scale, block), dim=-1)
             out = _grouped(grad[:, :, block.start : block.end], key.shape[1])
             asked = _grouped(query[:, :, block.start : block.end], key.shape[1])
             scores = torch._softmax_backward_data(out @ values.mT, weights, -1, weights.dtype).mul_(ctx.scale)

@@ -27,6 +27,7 @@ CACHED = 2**20
 
 
 def _rows_at_once(tensor: Tensor) -> int:
+    """Of [N, D]."""
     return max(1, CACHED // tensor.shape[-1]) if tensor.device.type == "cpu" else max(1, tensor.shape[0])
 
 
@@ -89,8 +90,8 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         factor = weight.float() + 1.0 if ctx.scale is _around_one else weight.float()
-        rows, size = _flat(x), _rows_at_once(x)
-        out = torch.empty_like(rows)
+        rows = _flat(x)
+        size, out = _rows_at_once(rows), torch.empty_like(rows)
         pieces = (part.split(size) for part in (rows, _flat(grad), inverse, out))
         for own, theirs, root, target in zip(*pieces, strict=True):
             wide, unit = theirs.float() * factor, own.float().mul_(root)

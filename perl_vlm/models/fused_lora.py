@@ -11,6 +11,8 @@ Shape letters: T tokens, r the rank of an adapter.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,20 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+_made: ContextVar[dict[tuple[int, str, torch.dtype], tuple[Tensor, Tensor]] | None] = ContextVar("made", default=None)
+
+
+@contextmanager
+def weights_stay() -> Iterator[None]:
+    """Within, no adapter's weights change and no gradient is wanted: they are rounded to the layer's type once, and not
+    at every token that is decoded."""
+    before = _made.set({})
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _made.reset(before)
 
 
 class _LowRank(torch.autograd.Function):
@@ -106,9 +122,16 @@ class FusedLinear(PeftLinear):
 
     def _matrices(self, names: list[str], dtype: torch.dtype) -> Iterator[Tensor]:
         """Of each active adapter A and B times its scale, in the layer's type."""
+        made = _made.get()
         for name in names:
-            yield self.lora_A[name].weight.to(dtype)
-            yield (self.lora_B[name].weight * self.scaling[name]).to(dtype)
+            key = id(self), name, dtype
+            pair = None if made is None else made.get(key)
+            if pair is None:
+                up = (self.lora_B[name].weight * self.scaling[name]).to(dtype)
+                pair = self.lora_A[name].weight.to(dtype), up
+            if made is not None:
+                made[key] = pair
+            yield from pair
 
 
 def fuse(layer: LoraLayer) -> None:

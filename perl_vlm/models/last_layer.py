@@ -52,7 +52,8 @@ class _Wanted:
 
 def last_layer(model: Any) -> nn.Module | None:
     """The last layer of a model's language trunk, where it is known how to find it."""
-    layers = getattr(model.get_decoder(), "layers", None)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    layers = getattr(decoder, "layers", None)
     return layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
 
 
@@ -77,13 +78,13 @@ def only_at(model: Any, shape: torch.Size, places: Tensor) -> Iterator[None]:
     Args:
         model: whose trunk runs within, on [M, L] tokens.
         shape: [M, L].
-        places: [n] places of the wanted tokens in M * L, each once.
+        places: [n] places of the wanted tokens in M * L, each once, on any device.
     """
     layer = last_layer(model)
     if layer is None:
         yield
         return
-    wanted = _Wanted(shape, places)
+    wanted = _Wanted(shape, places.to(model.device))
     with ExitStack() as stack:
         attention = next((part for name in _ATTENTION if (part := getattr(layer, name, None)) is not None), None)
         alone = [getattr(layer, name, None) for name in _FEED_FORWARD]

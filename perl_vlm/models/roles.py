@@ -28,6 +28,7 @@ from perl_vlm.models.forward import pooled_hidden, response_hidden, response_log
 from perl_vlm.models.heads import ScalarHead
 from perl_vlm.models.logits import ResponseLogprobs, ResponseStates, divergence_of, logprobs_of
 from perl_vlm.models.provenance import parameter_size
+from perl_vlm.models.recomputing import recompute_layers
 from perl_vlm.models.roles_io import REFERENCE, load_role, save_role
 from perl_vlm.models.towers import TOWERS, tower_of
 from perl_vlm.types import Sequences
@@ -68,7 +69,7 @@ class Roles:
         self.backbone, self.lora, self.tuning, self.seed = backbone, lora, tuning, seed
         self.adapters = Adapters(backbone.model)
         self._sft: tuple[str, ...] = ()
-        self._nested = 0
+        self._nested, self._recomputing = 0, False
         self._roles: dict[str, Role] = {REFERENCE: Role((), None, backbone.model)}
         # Taken now: a base that is spread over processes later can be read by all of them together only.
         self.quantised = provenance.is_quantised(backbone.model)
@@ -106,10 +107,52 @@ class Roles:
             # float32: at usual learning rates most updates of a bfloat16 weight round to nothing.
             own = copy.deepcopy(self._roles[REFERENCE].model).float().requires_grad_(False)
             self._roles[name] = Role((), new_head, own)
+            self._let_recompute(own)
             return
         self.adapters.add(name, self.lora, on=self._sft)
         seed_adapter(self.adapters, name, generator)
         self._roles[name] = Role((*self._sft, name), new_head, self.backbone.model)
+
+    def recompute(self) -> None:
+        """From here on every role's layers compute their activations again for backward; see ``recomputing``."""
+        self._recomputing = True
+        for model in {id(role.model): role.model for role in self._roles.values()}.values():
+            self._let_recompute(model)
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether ``recompute`` was called."""
+        return self._recomputing
+
+    def _let_recompute(self, model: Any) -> None:
+        """As ``recompute`` says, of a model that a role has for itself or all have in common."""
+        if not self._recomputing:
+            return
+        text = model.config.get_text_config()
+
+        def note() -> AbstractContextManager[None]:
+            return self._as_it_was(
+                model, self.adapters.active, self.adapters.dropping, model.training, text._attn_implementation
+            )
+
+        recompute_layers(model, note)
+
+    @contextmanager
+    def _as_it_was(
+        self, model: Any, active: Sequence[str], dropping: Sequence[str], own_dropout: bool, attention: str
+    ) -> Iterator[None]:
+        """Within, a model works as it did when a forward pass went through it."""
+        text = model.config.get_text_config()
+        then, now = (active, dropping, own_dropout), (self.adapters.active, self.adapters.dropping, model.training)
+        wanted, text._attn_implementation = text._attn_implementation, attention
+        if then != now:
+            self._act(model, *then)
+        try:
+            yield
+        finally:
+            text._attn_implementation = wanted
+            if then != now:
+                self._act(model, *now)
 
     def add_head_on(self, name: str, trunk: str) -> None:
         """Add a role that is nothing but a head of one output, zero at first, on the weights of role ``trunk``.

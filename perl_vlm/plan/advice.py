@@ -51,8 +51,8 @@ def _alternatives(shapes: Shapes, job: Job, memory: Memory, largest: int) -> Ite
     accumulate = _finer(job, largest)
     if accumulate is not None:
         yield f"--{job.stage}.accumulate {accumulate}", job.with_own(accumulate=accumulate)
-    if not plan.checkpointing and hasattr(config, "checkpointing"):  # once runs can do it
-        yield "--checkpointing", job.with_plan(checkpointing=True)
+    if not config.checkpointing:
+        yield "--checkpointing true", job.with_config(checkpointing=True)
     if config.tuning == "full":
         yield "--tuning lora", job.with_config(tuning="lora")
     if job.dtype == "float32" and job.gpu.bf16 is not None and config.model != "tiny":

@@ -55,6 +55,8 @@ def measure(model: Any, job: Job) -> Measured:
         job: stage and settings, for the device that the model is on.
     """
     roles = Roles(random_backbone(model, job), job.config.lora, tuning=job.config.tuning)
+    if job.config.checkpointing:
+        roles.recompute()
     graphs = dict(update_graphs(job.config.ppo)) if job.stage == "ppo" else {}
     if job.stage == "sft":
         roles.add("sft")

@@ -97,7 +97,7 @@ class _StageMemory:
         counts = dict(shapes.parameters) if full else adapter_counts(skeleton, config.lora)
         if full and config.lora.vision_rank == 0:
             counts["vision"] = 0
-        one = Trains(full, counts["language"], counts["vision"], counts["projector"], job.plan.checkpointing)
+        one = Trains(full, counts["language"], counts["vision"], counts["projector"], job.config.checkpointing)
         self.trains = {name: one for name, _ in self.graphs}
         heads = sum(shapes.hidden + 1 for _, reads in self.graphs if reads != "logprobs")
         self.trainable = members * (len(self.graphs) * sum(counts.values()) + heads)
@@ -124,7 +124,7 @@ class _StageMemory:
         rehearsal = Rehearsal(skeleton, self.shapes, self.job)
         for name, _ in self.graphs:
             rehearsal.add(name)
-        if self.job.plan.checkpointing:
+        if self.job.config.checkpointing:
             rehearsal.checkpoint()
         return rehearsal
 

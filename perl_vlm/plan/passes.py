@@ -8,21 +8,21 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.adapters import Adapters
 from perl_vlm.models.block_attention import blockwise
 from perl_vlm.models.fused_lora import FusedLinear
 from perl_vlm.models.inspection import Skeleton
+from perl_vlm.models.last_layer import only_at
 from perl_vlm.models.loading import reason
+from perl_vlm.models.recomputing import recompute_layers
 from perl_vlm.models.shared_prefix import attention_masks, pack
 from perl_vlm.models.towers import tower_of
 from perl_vlm.plan.costs import Drawing, HeadCost, chunk_logits, drawing, head_cost
@@ -112,22 +112,10 @@ class Rehearsal:
         yield role.model
 
     def checkpoint(self) -> None:
-        """Let every model recompute its layers' activations in the backward pass, by transformers' own switches."""
+        """Let every model compute its layers' activations again in the backward pass."""
         # PyTorch calls backward with a function mode switched off: what is computed again enters it anew.
-        again = partial(
-            checkpoint,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), stand_ins(self.narrow)),
-        )
         for model in {id(role.model): role.model for role in self.roles.values()}.values():
-            if not model.supports_gradient_checkpointing:
-                raise PerlVlmError(f"{type(model).__name__} has no activation checkpointing; leave out --checkpointing")
-            for layer in model.modules():
-                if hasattr(layer, "gradient_checkpointing"):
-                    layer.gradient_checkpointing = True
-                    layer._gradient_checkpointing_func = again
-            model.train()
+            recompute_layers(model, lambda: stand_ins(self.narrow))
 
     # -- peaks -------------------------------------------------------------------------------------------------
     # Each in parts, one after the other: what a tower holds depends on its own layers, so that the peak of each part,
@@ -205,7 +193,8 @@ class Rehearsal:
     def _read(self, name: str, what: str, head: nn.Parameter, batch: Batch, masks: Any) -> Tensor:
         """A role's trunk, and of it what the stage reads, as one number for each token."""
         with self.acting(name) as model:
-            hidden = self._responses(self._hidden(model, batch, masks), batch)
+            with self._narrow(model, batch, ends=what == "scores"):
+                hidden = self._responses(self._hidden(model, batch, masks), batch)
             if what == "scores":
                 return nn.functional.linear(hidden[:, -1].float(), head)
             found = []
@@ -214,6 +203,16 @@ class Rehearsal:
             if "values" in what:
                 found.append(nn.functional.linear(hidden[:, :-1].float(), head).flatten())
             return torch.cat(found)
+
+    def _narrow(self, model: Any, batch: Batch, *, ends: bool) -> AbstractContextManager[None]:
+        """The last layer at the tokens alone that are read, as in packed rows."""
+        if not batch.shared:
+            return nullcontext()
+        alone = one_prompt(batch)
+        packed = pack(alone, 0)
+        read = (packed.at_ends(alone) if ends else packed).read
+        places = read + batch.length * torch.arange(batch.rows)[:, None]
+        return only_at(model, torch.Size((batch.rows, batch.length)), places.flatten())
 
     def _logprobs(self, model: Any, hidden: Tensor, batch: Batch) -> Tensor:
         features = hidden[:, :-1].flatten(0, 1).clone()

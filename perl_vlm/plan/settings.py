@@ -30,8 +30,6 @@ class PlanSettings:
     """Where answers are sampled: here, or on a separate engine with a GPU of its own; as ppo.engine when not given."""
     image_tokens: int | None = None
     """Tokens of a prompt that are pictures; when not given, one picture of the model's own size."""
-    checkpointing: bool = False
-    """Plan with activation checkpointing: a layer's activations are computed again for backward."""
     json: bool = False
     """Print the plan as JSON."""
 

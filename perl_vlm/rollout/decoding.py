@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from perl_vlm.formulas import inverse_cdf
+from perl_vlm.models.fused_lora import weights_stay
 from perl_vlm.models.logits import TokenRules, drawn_from
 
 LEAVE_AT = 0.75
@@ -141,6 +142,11 @@ class DecodeLoop:
     ) -> Tensor:
         """What ``generate`` calls. It is called with [N, P] prompts and returns them: the responses are in
         ``tokens``."""
+        with weights_stay():
+            self._decode(model, input_ids, carried)
+        return input_ids
+
+    def _decode(self, model: Any, input_ids: Tensor, carried: dict[str, Any]) -> None:
         flexible = selects_rows(model)
         if flexible:
             carried["past_key_values"] = _roomy(model, input_ids.shape[1] + self.limit)
@@ -171,7 +177,6 @@ class DecodeLoop:
             inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **carried)
             scores, carried = self._run(model, inputs, carried)
         self.tokens, self.logprobs = drawn[:, :step], known[:, :step]
-        return input_ids
 
     def _run(self, model: Any, inputs: dict[str, Any], carried: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """One forward pass: logits [n, V] of the next token, and what is carried on."""

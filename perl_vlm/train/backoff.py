@@ -1,4 +1,5 @@
-"""Micro-batches that fit: where memory runs out a step is begun again with smaller ones, and nothing of it is lost."""
+"""Micro-batches that fit: where memory runs out a step is begun again with smaller ones, at last with activations
+computed again for backward, and nothing of it is lost."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from perl_vlm.errors import PerlVlmError, is_out_of_memory
 
@@ -39,8 +41,8 @@ def in_micro_batches(
         undo: takes back what ``work`` did outside itself.
 
     Raises:
-        PerlVlmError: where a single item is too much, or several processes run: who ran out cannot tell the others,
-            which wait for its gradient.
+        PerlVlmError: where a single item is too much even with checkpointing, or several processes run: who ran out
+            cannot tell the others, which wait for its gradient.
     """
     while True:
         now = max(1, min(size, len(items), stage.fits.get(what, size)))
@@ -54,8 +56,15 @@ def in_micro_batches(
         gc.collect()
         if stage.device.type == "cuda":
             torch.cuda.empty_cache()
-        if now == 1 or stage.parallel.world > 1:
+        if stage.parallel.world > 1 or (now == 1 and not _can_recompute(stage)):
             raise PerlVlmError(_advice(stage, what, now, said))
+        if now == 1:
+            stage.roles.recompute()
+            stage.warn(
+                f"{stage.name}: memory ran out with a single one of the {what} ({said}); going on with activations "
+                "computed again for backward, which takes longer. --checkpointing true does so from the start"
+            )
+            continue
         stage.fits[what] = now // 2
         stage.warn(
             f"{stage.name}: memory ran out with {now} {what} at once ({said}); going on with {stage.fits[what]}, which "
@@ -64,8 +73,16 @@ def in_micro_batches(
         )
 
 
+def _can_recompute(stage: Stage) -> bool:
+    """Whether checkpointing is left to be tried; where nothing learns it saves nothing."""
+    if not torch.is_grad_enabled() or stage.roles.recomputing:
+        return False
+    return any(isinstance(layer, GradientCheckpointingLayer) for layer in stage.roles.backbone.model.modules())
+
+
 def _advice(stage: Stage, what: str, now: int, said: str) -> str:
-    cures = "a smaller --lora rank, shorter --max_prompt_tokens, --load_in_4bit true, or a smaller model"
+    cures = "--checkpointing true, " if not stage.roles.recomputing else ""
+    cures += "a smaller --lora rank, shorter --max_prompt_tokens, --load_in_4bit true, or a smaller model"
     if now > 1:
         world = stage.parallel.world
         cures = f"a larger --{stage.name}.accumulate (with {world} processes it is not lowered by itself), {cures}"

@@ -221,6 +221,8 @@ def open_session(task: Task, config: RunConfig, stop: StopOnSignal, parallel: Pa
         backbone, max_prompt_tokens=config.max_prompt_tokens, max_response_tokens=config.max_response_tokens
     )
     roles = Roles(backbone, config.lora, tuning=config.tuning, seed=config.seed)
+    if config.checkpointing:
+        roles.recompute()
     return Session(task, config, roles, renderer, stop, parallel)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from perl_vlm.config import EXACT_REGULARIZERS
+from perl_vlm.config import EXACT_REGULARIZERS, PpoConfig
 from perl_vlm.data.sequences import take
 from perl_vlm.formulas import clipped_surrogate, clipped_value_loss, masked_sum, sampled_divergence
+from perl_vlm.models.logits import ResponseLogprobs
 from perl_vlm.models.pictures import remembering_pictures
 from perl_vlm.train.backoff import in_micro_batches
 from perl_vlm.train.experience import Experience, micro_size, sampling
@@ -100,56 +102,80 @@ def learn(
     A value function of its own shares nothing that trains with the policy, so the one's backward pass is done before
     the other's forward pass: what both keep for it is never held at once.
     """
-    config, roles, measured = stage.config.ppo, stage.roles, experience.measured
+    config, roles = stage.config.ppo, stage.roles
     part = take(experience.rollout.sequences, [row - experience.rows.start for row in rows])
-    mask, width = part.response_mask, part.response_mask.shape[1]
-
-    def of(full: Tensor) -> Tensor:
-        return full[list(rows), :width]
-
-    def value_loss(values: Tensor) -> tuple[Tensor, Tensor]:
-        return clipped_value_loss(
-            values, of(measured.values), of(experience.returns), mask, clip_range=config.value_clip_range,
-            denominator=tokens,
-        )  # fmt: skip
-
+    here = _Rows(config, experience, list(rows), part.response_mask, tokens)
     on_trunk = "value" if config.value_kind == "policy_head" else None
     exact = config.kl if config.kl in EXACT_REGULARIZERS else None
     out = roles.logprobs(
         "policy", part, value_head=on_trunk, divergence=exact, entropy_gradient=config.entropy_coef != 0,
         **sampling(config),
     )  # fmt: skip
-    old = of(measured.logprobs) if config.recomputes else out.logprobs.detach()
-    policy_loss, diagnostics = clipped_surrogate(
-        out.logprobs, old, of(experience.advantages), mask, clip_range=config.clip_range,
-        denominator=tokens,
-    )  # fmt: skip
-    regularizer = of_values = clipped = torch.zeros_like(policy_loss)
-    away = out.divergence
-    if away is None and config.kl_in == "loss" and config.kl != "none":
-        away = sampled_divergence(config.kl, out.logprobs, of(measured.reference_logprobs))
-    if away is not None:
-        regularizer = beta * masked_sum(away, mask) / tokens
-    loss = policy_loss + regularizer
-    if config.entropy_coef:
-        loss = loss - config.entropy_coef * masked_sum(out.entropy, mask) / tokens
+    loss, found = here.policy_loss(out, beta)
     if out.values is not None:
-        of_values, clipped = value_loss(out.values)
-        loss = loss + config.vf_coef * of_values
+        own, found["val/clipfrac_avg"] = here.value_loss(out.values)
+        loss, found["loss/value_avg"] = loss + config.vf_coef * own, own
     (loss * weight).backward()
     total = loss.detach()
-    found = {
-        "loss/policy_avg": policy_loss,
-        "loss/regularizer_avg": regularizer,
-        "policy/approxkl_avg": diagnostics["approx_kl"],
-        "policy/clipfrac_avg": diagnostics["clip_fraction"],
-        "val/ratio": diagnostics["ratio_mean"],
-        "policy/entropy_avg": masked_sum(out.entropy, mask) / tokens,
-        AGREEMENT: masked_sum((of(measured.sampled_logprobs) - out.logprobs).abs().exp(), mask) / tokens,
-    }
     if "value" in roles and on_trunk is None:
-        of_values, clipped = value_loss(roles.values("value", part))
-        (config.vf_coef * of_values * weight).backward()
-        total = total + config.vf_coef * of_values.detach()
-    found |= {"loss/value_avg": of_values, "val/clipfrac_avg": clipped}
+        own, found["val/clipfrac_avg"] = here.value_loss(roles.values("value", part))
+        (config.vf_coef * own * weight).backward()
+        total, found["loss/value_avg"] = total + config.vf_coef * own.detach(), own
     return total, {key: value.detach() for key, value in found.items()}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a round and their losses."""
+
+    config: PpoConfig
+    experience: Experience
+    rows: list[int]
+    mask: Tensor
+    """[b, R] of their responses."""
+    tokens: float
+    """What sums over tokens are divided by."""
+
+    def of(self, full: Tensor) -> Tensor:
+        """What belongs to these rows, as wide as their responses."""
+        return full[self.rows, : self.mask.shape[1]]
+
+    def mean(self, values: Tensor) -> Tensor:
+        return masked_sum(values, self.mask) / self.tokens
+
+    def policy_loss(self, out: ResponseLogprobs, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The clipped surrogate with the regulariser and the entropy bonus; and every diagnostic there is, those of a
+        value function being zero."""
+        config, measured = self.config, self.experience.measured
+        old = self.of(measured.logprobs) if config.recomputes else out.logprobs.detach()
+        policy_loss, diagnostics = clipped_surrogate(
+            out.logprobs, old, self.of(self.experience.advantages), self.mask, clip_range=config.clip_range,
+            denominator=self.tokens,
+        )  # fmt: skip
+        regularizer = nothing = torch.zeros_like(policy_loss)
+        away = out.divergence
+        if away is None and config.kl_in == "loss" and config.kl != "none":
+            away = sampled_divergence(config.kl, out.logprobs, self.of(measured.reference_logprobs))
+        if away is not None:
+            regularizer = beta * self.mean(away)
+        loss = policy_loss + regularizer
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * self.mean(out.entropy)
+        return loss, {
+            "loss/policy_avg": policy_loss,
+            "loss/value_avg": nothing,
+            "loss/regularizer_avg": regularizer,
+            "policy/approxkl_avg": diagnostics["approx_kl"],
+            "policy/clipfrac_avg": diagnostics["clip_fraction"],
+            "val/ratio": diagnostics["ratio_mean"],
+            "val/clipfrac_avg": nothing,
+            "policy/entropy_avg": self.mean(out.entropy),
+            AGREEMENT: self.mean((self.of(measured.sampled_logprobs) - out.logprobs).abs().exp()),
+        }
+
+    def value_loss(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The clipped value loss and the share of clipped tokens."""
+        return clipped_value_loss(
+            values, self.of(self.experience.measured.values), self.of(self.experience.returns), self.mask,
+            clip_range=self.config.value_clip_range, denominator=self.tokens,
+        )  # fmt: skip

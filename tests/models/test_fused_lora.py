@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from perl_vlm.config import LoraConfig
 from perl_vlm.models.adapters import Adapters
 from perl_vlm.models.backbone import Backbone
-from perl_vlm.models.fused_lora import FusedLinear, low_rank_linear
+from perl_vlm.models.fused_lora import FusedLinear, low_rank_linear, weights_stay
 
+KeptBytes = Callable[[], AbstractContextManager[dict[int, int]]]
 LORA = LoraConfig(language_rank=4, vision_rank=0)
 
 
@@ -45,19 +46,6 @@ def run(layer: FusedLinear, x: Tensor, *, peft: bool) -> list[Tensor]:
     return [output.detach(), x.grad, *(grad for grad in trained if grad is not None)]
 
 
-@contextmanager
-def kept_bytes() -> Iterator[dict[int, int]]:
-    """Bytes that autograd keeps for backward, by storage."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
-
-
 @pytest.mark.parametrize("names", [("policy",), ("sft", "policy")])
 @pytest.mark.parametrize("shape", [(3, 5), (7,)])
 def test_float32_is_what_peft_computes(names: tuple[str, ...], shape: tuple[int, ...], text_backbone: Backbone) -> None:
@@ -83,7 +71,7 @@ def test_bfloat16_is_within_its_rounding(text_backbone: Backbone) -> None:
     assert all(grad.dtype == torch.float32 for grad in gradients)
 
 
-def test_no_wide_copy_of_the_input_is_kept(text_backbone: Backbone) -> None:
+def test_no_wide_copy_of_the_input_is_kept(kept_bytes: KeptBytes, text_backbone: Backbone) -> None:
     _, layer = adapted(text_backbone, ("policy",))
     layer.get_base_layer().to(torch.bfloat16)
     x = torch.randn(4096, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
@@ -118,6 +106,24 @@ def test_hooks_on_the_frozen_layer_are_called(text_backbone: Backbone) -> None:
     layer.get_base_layer().register_forward_hook(lambda module, *_: called.append(module))
     layer(torch.randn(3, layer.in_features))
     assert called
+
+
+def test_while_weights_stay_they_are_rounded_once(text_backbone: Backbone) -> None:
+    adapters, layer = adapted(text_backbone, ("policy", "reward"))
+    layer.get_base_layer().to(torch.bfloat16)
+    x = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
+    adapters.activate(["policy"])
+    before = layer(x).detach()
+    with weights_stay():
+        assert torch.equal(layer(x), before)
+        first, second = (list(layer._matrices(["policy"], torch.bfloat16)) for _ in range(2))
+        assert all(one is other for one, other in zip(first, second, strict=True))
+        adapters.activate(["reward"])
+        other = layer(x)
+    assert not torch.equal(other, before), "another adapter's are its own"
+    layer.lora_B["policy"].weight.data.mul_(2)
+    adapters.activate(["policy"])
+    assert not torch.equal(layer(x), before), "nothing is remembered afterwards"
 
 
 def test_gradients_agree_with_numeric_ones() -> None:

@@ -41,12 +41,16 @@ def test_training_is_what_pytorch_counts(family: str, tuning: str, make_job: Cal
     with FlopCounterMode(display=False) as counter:
         rehearsal.training_peaks(batch, [("reward", "scores")], with_gradients=False)
     expected = trunk_training(shapes, batch, trains) - 3 * attention(shapes, batch.seen_pairs)
+    # Of the last layer queries, attention's output and MLP are made at the last token of each response alone.
+    left_out, own = batch.tokens - batch.sequences, 6 if tuning == "full" else 4
+    expected -= own * left_out * (2 * 128 * 128 + 3 * 128 * 384)
     if tuning == "lora":
         layers, rank, width, outs = 3, 8, 128, 128 + 64 + 64 + 128
         # Nothing before the first layer trains, so its q, k and v need no gradient of their input.
         expected -= 2 * batch.tokens * (width * (128 + 64 + 64) + 3 * rank * width)
         # The counter overlooks products that are added in place: an adapter's last one, forwards and backwards.
         expected -= 2 * batch.tokens * rank * (layers * outs + (4 * layers - 3) * width)
+        expected -= left_out * 2 * (6 * rank * 2 * width - 2 * rank * 2 * width)  # the adapters of q and o
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-3)
 
 

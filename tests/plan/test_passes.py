@@ -22,16 +22,16 @@ from perl_vlm.plan.shapes import shapes_of
 def kept_of_a_layer(rows: int, length: int, size: int, rank: int = 8) -> int:
     """Bytes that autograd keeps of a Llama layer under LoRA on q, k, v and o, attention fused and masked.
 
-    T tokens, H wide, I in between, A D = H: two norms keep their input in float32, the three projections share their
-    input, attention keeps q, k and v (repeated for all heads), its output, a float32 sum for each query and head and
-    the mask as numbers; the MLP keeps gate, its activation and up; each of four adapters r columns. The output
+    T tokens, H wide, I in between, A D = H: two norms keep their input and a float32 number for each row, the three
+    projections share their input, attention keeps q, k and v (repeated for all heads), its output, a float32 sum for
+    each query and head and the mask as numbers; the MLP keeps gate and up; each of four adapters r columns. The output
     projection's input is attention's output.
     """
     tokens, hidden, between, heads = rows * length, 128, 384, 4
-    norms = 2 * 4 * tokens * (hidden + 1)
+    norms = 2 * tokens * (size * hidden + 4)
     attention = 4 * size * tokens * hidden + 4 * heads * tokens + size * rows * length**2
     adapters = size * tokens * hidden + 4 * size * tokens * rank
-    return norms + attention + adapters + 3 * size * tokens * between
+    return norms + attention + adapters + 2 * size * tokens * between
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -115,7 +115,7 @@ def test_layers_of_two_kinds_come_in_their_period(make_job: Callable[..., Job]) 
 )
 def test_checkpointing_keeps_little(settings: dict[str, Any], make_job: Callable[..., Job]) -> None:
     plain = update_peak(make_job("sft", **settings), num_hidden_layers=8)
-    light = update_peak(make_job("sft", plan={"checkpointing": True}, **settings), num_hidden_layers=8)
+    light = update_peak(make_job("sft", checkpointing=True, **settings), num_hidden_layers=8)
     assert light < 0.4 * plain
 
 

@@ -113,6 +113,27 @@ def test_one_record_that_does_not_fit_ends_the_run_with_advice(tmp_path: Path, m
         run("sft", tmp_path / "run")
 
 
+def test_one_record_that_does_not_fit_is_tried_with_checkpointing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last resort before giving up; what is learned is the same."""
+    whole, _ = run("sft", tmp_path / "whole")
+    usual = Roles.logprobs
+
+    def limited(roles: Roles, role: str, sequences: Any, *rest: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled() and not (roles.recomputing and len(sequences) == 1):
+            raise KINDS["cuda"]()
+        return usual(roles, role, sequences, *rest, **options)
+
+    monkeypatch.setattr(Roles, "logprobs", limited)
+    parts, opened = run("sft", tmp_path / "parts")
+    assert opened.roles.recomputing
+    assert any("computed again for backward" in note for note in opened.notes)
+    for one, other in zip(parts, whole, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
 def test_other_errors_are_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cramped(monkeypatch, lambda: RuntimeError("shapes do not fit"), 0)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
