@@ -90,10 +90,10 @@ def only_at(model: Any, shape: torch.Size, places: Tensor) -> Iterator[None]:
         alone = [getattr(layer, name, None) for name in _FEED_FORWARD]
         if attention is not None:
             alone += [getattr(attention, name, None) for name in (*_QUERIES, *_OUTPUTS)]
-            columns = torch.zeros(shape.numel(), dtype=torch.bool)
-            columns[places.cpu()] = True
-            shown = columns.view(shape).any(dim=0)
-            stack.callback(attention.register_forward_pre_hook(_narrowing(shown), with_kwargs=True).remove)
+            if places.device.type == "cpu":  # where masks have blocks
+                columns = torch.zeros(shape.numel(), dtype=torch.bool).index_fill(0, places, True).view(shape)
+                narrow = _narrowing(columns.any(dim=0))
+                stack.callback(attention.register_forward_pre_hook(narrow, with_kwargs=True).remove)
         for part in alone:
             if part is not None:
                 stack.callback(part.register_forward_pre_hook(wanted.picked).remove)

@@ -39,23 +39,21 @@ def recompute_layers(model: Any, note: Noted) -> int:
     Raises:
         PerlVlmError: for a model whose layers are not marked as such.
     """
-    last, count = last_layer(model), 0
-    for layer in model.modules():
-        if not isinstance(layer, GradientCheckpointingLayer) or layer is last:
-            continue
+    layers = recomputable(model)
+    if not layers:
+        raise PerlVlmError(f"{type(model).__name__} has no layers to compute again; leave out --checkpointing")
+    for layer in layers:
         kind = type(layer)
         if "recomputed" not in vars(kind):
             layer.__class__ = _kinds.setdefault(kind, _recomputed(kind))
         layer.__dict__["note_for_backward"] = note
-        count += 1
-    if not count:
-        raise PerlVlmError(f"{type(model).__name__} has no layers to compute again; leave out --checkpointing")
-    return count
+    return len(layers)
 
 
-def recomputes_layers(model: nn.Module) -> bool:
-    """Whether ``recompute_layers`` was called for a model."""
-    return any("recomputed" in vars(type(layer)) for layer in model.modules())
+def recomputable(model: Any) -> list[nn.Module]:
+    """The layers that ``recompute_layers`` is for."""
+    last = last_layer(model)
+    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer) and layer is not last]
 
 
 def _recomputed(kind: Any) -> type:

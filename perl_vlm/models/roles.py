@@ -107,7 +107,8 @@ class Roles:
             # float32: at usual learning rates most updates of a bfloat16 weight round to nothing.
             own = copy.deepcopy(self._roles[REFERENCE].model).float().requires_grad_(False)
             self._roles[name] = Role((), new_head, own)
-            self._let_recompute(own)
+            if self._recomputing:
+                self._let_recompute(own)
             return
         self.adapters.add(name, self.lora, on=self._sft)
         seed_adapter(self.adapters, name, generator)
@@ -115,9 +116,9 @@ class Roles:
 
     def recompute(self) -> None:
         """From here on every role's layers compute their activations again for backward; see ``recomputing``."""
-        self._recomputing = True
         for model in {id(role.model): role.model for role in self._roles.values()}.values():
             self._let_recompute(model)
+        self._recomputing = True
 
     @property
     def recomputing(self) -> bool:
@@ -126,8 +127,6 @@ class Roles:
 
     def _let_recompute(self, model: Any) -> None:
         """As ``recompute`` says, of a model that a role has for itself or all have in common."""
-        if not self._recomputing:
-            return
         text = model.config.get_text_config()
 
         def note() -> AbstractContextManager[None]:

@@ -227,7 +227,9 @@ class Rehearsal:
 
     def _head_cost(self) -> HeadCost:
         how = drawing(self.job.config.ppo) if self.job.stage == "ppo" else Drawing()
-        return head_cost(self.dtype, how, training=torch.is_grad_enabled(), frozen=not self.full)
+        return head_cost(
+            self.dtype, how, training=torch.is_grad_enabled(), frozen=not self.full and not self.job.sharded
+        )
 
     def _responses(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[M, L, H] -> [B, R + 1, H]."""

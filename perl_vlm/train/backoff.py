@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from perl_vlm.errors import PerlVlmError, is_out_of_memory
+from perl_vlm.models.recomputing import recomputable
 
 if TYPE_CHECKING:
     from perl_vlm.train.stage import Stage
@@ -77,7 +77,7 @@ def _can_recompute(stage: Stage) -> bool:
     """Whether checkpointing is left to be tried; where nothing learns it saves nothing."""
     if not torch.is_grad_enabled() or stage.roles.recomputing:
         return False
-    return any(isinstance(layer, GradientCheckpointingLayer) for layer in stage.roles.backbone.model.modules())
+    return bool(recomputable(stage.roles.backbone.model))
 
 
 def _advice(stage: Stage, what: str, now: int, said: str) -> str:

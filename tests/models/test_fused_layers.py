@@ -64,6 +64,13 @@ def test_the_familys_own_numbers(kind: str, dtype: torch.dtype, cached: int, mon
     torch.testing.assert_close(our_gradient, their_gradient, **allowed)  # type: ignore[arg-type]
 
 
+def test_rows_that_do_not_lie_together_are_summed_as_the_family_sums_them() -> None:
+    own, fused = layer("gemma norm", torch.float32), layer("gemma norm", torch.float32)
+    fuse_layers(fused)
+    x = torch.randn(2, 32, 700).transpose(1, 2)
+    assert torch.equal(fused(x), own(x))
+
+
 @pytest.mark.parametrize(("kind", "share"), [("llama norm", 0.55), ("gemma norm", 0.55), ("llama gated", 0.75)])
 def test_less_is_kept(kind: str, share: float, kept_bytes: KeptBytes) -> None:
     own, fused = layer(kind, torch.bfloat16), layer(kind, torch.bfloat16)
@@ -107,6 +114,65 @@ class Sparse(Qwen3MLP):
         if self.share:
             gate = gate.masked_fill(gate < gate.quantile(self.share, dim=-1, keepdim=True), 0.0)
         return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+
+
+class Limited(Qwen3MLP):
+    """Clamps what only large inputs reach, as DeepSeek V4's do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10.0)) * self.up_proj(x))
+
+
+class Dropping(Qwen3MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class GatedNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        out = super().forward(hidden_states)
+        return out if gate is None else out * gate
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Limited(Qwen3Config(**SIZES)),
+        lambda: Dropping(Qwen3Config(**SIZES)),
+        lambda: GatedNorm(32),
+        lambda: Qwen3MLP(Qwen3Config(**SIZES, hidden_act="linear")),
+    ],
+    ids=["a clamp", "dropout", "a second argument", "an activation that returns its input"],
+)
+def test_what_a_small_trial_would_not_show_is_left_alone(made: Callable[[], nn.Module]) -> None:
+    own = made()
+    assert fuse_layers(nn.ModuleList([own])) == 0
+    assert not hasattr(own, "fused_here")
+
+
+def test_two_norms_may_read_one_tensor() -> None:
+    norms = [layer("llama norm", torch.float32) for _ in range(2)]
+    x = torch.randn(4, 32, requires_grad=True)
+    before = x.detach().clone()
+    found = []
+    for fuse in (False, True):
+        if fuse:
+            fuse_layers(nn.ModuleList(norms))
+        x.grad = None
+        (norms[0](x) * norms[1](x).square()).sum().backward()
+        found.append(x.grad)
+        assert torch.equal(x, before), "backward leaves its input alone"
+    torch.testing.assert_close(*found)
+
+
+def test_trying_draws_nothing() -> None:
+    state = torch.get_rng_state()
+    model = nn.ModuleList([layer("llama gated", torch.float32), layer("llama norm", torch.float32)])
+    torch.set_rng_state(state)
+    assert fuse_layers(model) == 2
+    assert torch.equal(torch.get_rng_state(), state)
+    x = torch.randn(3, 32)
+    assert torch.equal(model[1](hidden_states=x), model[1](x)), "named arguments go the long way"
 
 
 def test_what_only_looks_alike_stays_as_it_is() -> None:
