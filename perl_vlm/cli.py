@@ -27,6 +27,8 @@ COMMANDS = {
     "tasks": "the registered tasks and where they come from",
     "new-task": "write a distribution with a task of your own to start from: NAME [--out DIR]",
     "models": "what a model is made of, and trained models as plain ones: inspect NAME, export RUN --out DIR",
+    "eval": "measure finished runs by a suite of evaluations: --runs FOLDER ... [--suite NAME|FILE.yaml]",
+    "study": "the papers' studies on a task: NAME --task TASK; `perl-vlm study` lists them",
     "plan": "peak memory and time of a stage before it runs: --model NAME --stage sft|rm|ppo --gpu 24GB|NAME",
     "doctor": "versions, devices, plugins, and what would go wrong",
 }
@@ -115,6 +117,10 @@ def _command(name: str, rest: list[str]) -> int:
         from perl_vlm.new_task import new_task
 
         return new_task(rest)
+    if name in ("eval", "study"):
+        from perl_vlm import registry
+
+        return registry.load_command(name)(rest)
     if rest in (["-h"], ["--help"]):
         print(f"usage: perl-vlm {name}\n\n{COMMANDS[name]}")
         return 0

@@ -154,6 +154,23 @@ def parse_flags(settings: Mapping[str, Setting], argv: Sequence[str], command: s
     return _checked(_parser(settings, command), arguments.values, settings, None)
 
 
+def typed_values(settings: Mapping[str, Setting], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values that a file gives under some heading, by key, in their types.
+
+    Args:
+        where: the file and heading, as errors name them.
+
+    Raises:
+        UsageError: an unknown key, or a value of the wrong type.
+    """
+    for key in given:
+        if key not in settings:
+            near = nearest(key, settings)
+            known = ", ".join(near or settings) or "none"
+            raise UsageError(f"{where}: there is no setting {key}. {'Nearest' if near else 'There are'}: {known}.")
+    return _checked(_parser(settings, where), given, settings, where)
+
+
 def flags_help(settings: Mapping[str, Setting]) -> str:
     """A line for each flag: its name, what it means, its default."""
     width = max(len(key) for key in settings) + 2
@@ -272,7 +289,7 @@ def _apply_short_forms(values: dict[str, Any], rank: dict[str, int], verb: str) 
 
 
 def _checked(
-    parser: ArgumentParser, given: Mapping[str, Any], known: Mapping[str, Setting], file: Path | None
+    parser: ArgumentParser, given: Mapping[str, Any], known: Mapping[str, Setting], file: Path | str | None
 ) -> dict[str, Any]:
     """The values of a file, or of the command line, in their types. Raises UsageError naming the first wrong one."""
     try:
@@ -287,7 +304,7 @@ def _checked(
         raise
 
 
-def _typed(parser: ArgumentParser, given: Mapping[str, Any], file: Path | None) -> dict[str, Any]:
+def _typed(parser: ArgumentParser, given: Mapping[str, Any], file: Path | str | None) -> dict[str, Any]:
     if file is None:
         parsed = parser.parse_args([f"--{key}={value}" for key, value in given.items()])
     else:

@@ -12,17 +12,19 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
-from typing import get_args
+from typing import cast, get_args
 
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.task import Modality, Task
 
 GROUP = "perl_vlm.tasks"
-COMMANDS = ("tasks", "new-task", "models", "plan", "doctor")
+COMMAND_GROUP = "perl_vlm.commands"
+"""Commands that perl-vlm's other packages bring: the library knows none of them."""
+COMMANDS = ("tasks", "new-task", "models", "eval", "study", "plan", "doctor")
 """What else may follow ``perl-vlm``: no task can have such a name."""
 _OWN = "perl-vlm"
 _LONGEST = 400
@@ -132,6 +134,16 @@ def find(name: str) -> TaskEntry:
     near = difflib.get_close_matches(name, entries, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UnknownTask(f"there is no task or command {name!r}.{hint} Registered tasks: {', '.join(entries)}.")
+
+
+def load_command(name: str) -> Callable[[Sequence[str]], int]:
+    """A command that another package of perl-vlm's own distribution brings. Raises PerlVlmError where it is missing."""
+    for distribution in distributions():
+        if _normal(distribution) == _OWN:
+            for point in distribution.entry_points:
+                if point.group == COMMAND_GROUP and point.name == name:
+                    return cast(Callable[[Sequence[str]], int], point.load())
+    raise PerlVlmError(f"perl-vlm was installed without its command `{name}`; reinstall it with pip")
 
 
 def load(name: str) -> type[Task]:

@@ -63,10 +63,18 @@ def bootstrap_mean(
         ValueError: as ``paired_bootstrap``.
     """
     given = _checked(values, "bootstrap_mean")
-    member = _members(groups, given.size, "bootstrap_mean")
+    return float(given.mean()), _middle(resampled_means(given, resamples=resamples, seed=seed, groups=groups))
+
+
+def resampled_means(
+    values: Numbers, *, resamples: int, seed: int, groups: Sequence[Hashable] | None = None
+) -> NDArray[np.float64]:
+    """[resamples] the means behind ``bootstrap_mean``'s interval. Arguments and errors are its own."""
+    given = _checked(values, "resampled_means")
+    member = members(groups, given.size, "resampled_means")
     sums, counts = np.bincount(member, weights=given), np.bincount(member)
     means = [sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1) for drawn in _draws(len(counts), resamples, seed)]
-    return float(given.mean()), _middle(np.concatenate(means))
+    return np.concatenate(means)
 
 
 def wins(a: Numbers, b: Numbers) -> NDArray[np.float64]:
@@ -115,7 +123,7 @@ def bootstrap_auc(
         ValueError: as ``auc`` and ``paired_bootstrap``.
     """
     given, good = _labelled(scores, labels, "bootstrap_auc")
-    member = _members(groups, given.size, "bootstrap_auc")
+    member = members(groups, given.size, "bootstrap_auc")
     ranking, count = _Ranking(given, good), int(member.max()) + 1
     areas = []
     for drawn in _draws(count, resamples, seed, width=given.size):
@@ -160,13 +168,27 @@ def _draws(count: int, resamples: int, seed: int, width: int | None = None) -> I
         yield generator.integers(count, size=(min(rows, resamples - start), count))
 
 
+def resampled(count: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """``resamples`` rows [count] of places drawn from ``count`` groups with replacement.
+
+    Raises:
+        ValueError: ``resamples`` is below 1.
+    """
+    for drawn in _draws(count, resamples, seed):
+        yield from drawn
+
+
 def _middle(found: NDArray[np.float64]) -> Interval:
     low, high = np.percentile(found, (2.5, 97.5))
     return float(low), float(high)
 
 
-def _members(groups: Sequence[Hashable] | None, size: int, who: str) -> NDArray[np.int64]:
-    """[n] the number of each item's group, from 0."""
+def members(groups: Sequence[Hashable] | None, size: int, who: str) -> NDArray[np.int64]:
+    """[n] the number of each item's group, from 0; each item is one for itself where there are none.
+
+    Raises:
+        ValueError: there is not one group for each item; ``who`` wants them.
+    """
     if groups is None:
         return np.arange(size)
     if len(groups) != size:

@@ -1,1 +1,1 @@
-"""The evaluation suite of perl-vlm. At present it has no modules: a run is evaluated by perl_vlm.train.evaluate."""
+"""The evaluation suite: evidence for or against a model, with honest statistics. See docs/eval-suite.md."""

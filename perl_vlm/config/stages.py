@@ -34,6 +34,9 @@ class OptimizerConfig:
     """Each role's gradient is clipped to this norm, and the norm before clipping is logged."""
     save_every: int = 50
     """Steps between checkpoints."""
+    save_total_limit: int | None = 2
+    """How many checkpoints are kept, the latest ones; all of them where null, so that `perl-vlm eval` can follow a
+    policy from one to the next."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__.removesuffix("Config").lower()
@@ -52,6 +55,8 @@ class OptimizerConfig:
         require(self.lr > 0, f"{name}.lr is {self.lr}; it must be positive")
         require(self.max_grad_norm > 0, f"{name}.max_grad_norm is {self.max_grad_norm}; it must be positive")
         require(self.save_every >= 1, f"{name}.save_every is {self.save_every}; it must be at least 1")
+        limit = self.save_total_limit
+        require(limit is None or limit >= 1, f"{name}.save_total_limit is {limit}; it must be at least 1, or null")
         require(
             self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
             f"{name}.accumulate is {self.accumulate}; it must divide {name}.batch_size ({self.batch_size})",

@@ -62,7 +62,8 @@ class GalleryItem:
     prompt: str
     reference: str | None
     """The right answer, if known."""
-    before: str
+    before: str | None
+    """None where there is one answer alone, the later one."""
     after: str
     before_right: bool | None
     """Whether the answer before was right; None where that is not known."""
@@ -70,6 +71,8 @@ class GalleryItem:
     reward_before: float | None = None
     """The reward model's score of the answer before."""
     reward_after: float | None = None
+    labels: tuple[str, str] = ("before", "after")
+    """What the two answers are called."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class _Card:
     image: str | None
     small: bool
     long: bool
-    answers: tuple[_Answer, _Answer]
+    answers: tuple[_Answer, ...]
     outcome: str
     outcome_class: str
     reward_change: str
@@ -162,7 +165,9 @@ def render(report: Report) -> str:
         curves=[_figure(curve, curve.x_label, charts.line_chart(curve.series)) for curve in report.curves],
         distributions=[_figure(item, "", charts.histogram(item.series)) for item in report.distributions],
         cards=cards,
-        wide=any(len(text) > _LONG_TEXT for item in report.gallery for text in (item.prompt, item.before, item.after)),
+        wide=any(
+            len(text or "") > _LONG_TEXT for item in report.gallery for text in (item.prompt, item.before, item.after)
+        ),
         tally=[(text, outcomes.count(text)) for text, _ in _OUTCOMES.values() if text in outcomes],
         settings=settings_yaml(report.settings) if report.settings else "",
     )
@@ -214,10 +219,14 @@ def _card(index: int, item: GalleryItem) -> _Card:
         reference=item.reference,
         image=None if item.image_png is None else _png_uri(index, item.image_png),
         small=item.image_png is not None and max(_png_size(item.image_png)) < _SMALL_PICTURE,
-        long=max(map(len, (item.reference or "", item.before, item.after))) > _LONG_ANSWER,
-        answers=(
-            _Answer("before", item.before, item.before_right, _reward(item.reward_before)),
-            _Answer("after", item.after, item.after_right, _reward(item.reward_after)),
+        long=max(map(len, (item.reference or "", item.before or "", item.after))) > _LONG_ANSWER,
+        answers=tuple(
+            _Answer(when, text, right, _reward(reward))
+            for when, text, right, reward in (
+                (item.labels[0], item.before, item.before_right, item.reward_before),
+                (item.labels[1], item.after, item.after_right, item.reward_after),
+            )
+            if text is not None
         ),
         outcome=outcome,
         outcome_class=outcome_class,

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     records: Mapping[str, Any],
     *,
-    keep: int = 2,
+    keep: int | None = 2,
 ) -> Path:
     """Write ``folder/step-<step>/`` so that a crash at any moment leaves it whole or absent; return its path.
 
@@ -76,13 +76,13 @@ def save_checkpoint(
         step: finished steps, 0 or more.
         tensors: groups of tensors of any dtype and device; each becomes ``<group>.safetensors``.
         records: JSON values with string keys; each becomes ``<name>.json``. NaN and infinities survive.
-        keep: how many good checkpoints to keep, at least 1.
+        keep: how many good checkpoints to keep, at least 1; None for all.
 
     Raises:
         ValueError: for a step below 0, a keep below 1, or a name that is no plain file name.
         PerlVlmError: for a record that JSON would not give back as it is.
     """
-    if step < 0 or keep < 1:
+    if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"step is {step} and keep is {keep}; they must be at least 0 and 1")
     for name in (*tensors, *records):
         if not _NAME.match(name) or (name in records and f"{name}.json" == MANIFEST):
@@ -101,7 +101,8 @@ def save_checkpoint(
         _delete(temporary)
         raise
     _swap_in(temporary, final)
-    _prune(folder, step, keep)
+    if keep is not None:
+        _prune(folder, step, keep)
     return final
 
 
@@ -114,23 +115,40 @@ def load_latest(folder: Path, *, warn: Callable[[str], None] | None = None) -> C
     Raises:
         PerlVlmError: there are checkpoints and none is good.
     """
-    report = _print_warning if warn is None else warn
-    bad = []
-    for found in _scan(folder):
-        problems = verify(found.path)
-        if not problems:
-            try:
-                return _read(found)
-            except _Unreadable as error:
-                problems = [str(error)]
-        bad.append(f"{found.path.name} ({'; '.join(problems)})")
-        report(f"checkpoint {found.path} is damaged and not used: {'; '.join(problems)}")
+    bad: list[str] = []
+    for checkpoint in _good(_scan(folder), warn, bad):
+        return checkpoint
     if bad:
         raise PerlVlmError(
             f"no checkpoint in {folder} can be used: {', '.join(bad)}. Bring the named files back from a copy, or "
             "start a new run with another --out. Nothing has been touched."
         )
     return None
+
+
+def load_each(folder: Path, *, warn: Callable[[str], None] | None = None) -> Iterator[Checkpoint]:
+    """Every good checkpoint in ``folder``, the oldest first and one at a time; damaged ones are reported as by
+    ``load_latest`` and left out."""
+    steps: set[int] = set()
+    for checkpoint in _good(sorted(_scan(folder), key=lambda found: (found.step, not found.original)), warn, []):
+        if checkpoint.step not in steps:
+            steps.add(checkpoint.step)
+            yield checkpoint
+
+
+def _good(candidates: Iterable[_Found], warn: Callable[[str], None] | None, bad: list[str]) -> Iterator[Checkpoint]:
+    """Those that verify, read back; of the others, which are added to ``bad``, ``warn`` is told."""
+    report = _print_warning if warn is None else warn
+    for found in candidates:
+        problems = verify(found.path)
+        if not problems:
+            try:
+                yield _read(found)
+                continue
+            except _Unreadable as error:
+                problems = [str(error)]
+        bad.append(f"{found.path.name} ({'; '.join(problems)})")
+        report(f"checkpoint {found.path} is damaged and not used: {'; '.join(problems)}")
 
 
 def verify(path: Path) -> list[str]:

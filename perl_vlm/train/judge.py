@@ -85,6 +85,20 @@ def _same(spec: str, run: Path | None = None) -> set[str | Path]:
         return {Path(spec).expanduser().resolve()}
 
 
+@torch.no_grad()
+def totals(stage: Stage, rewards: Rewards, examples: Sequence[Example], answers: Sequence[Answer]) -> list[float]:
+    """What a reward gives each answer in all."""
+    parts = []
+    for block in stage.blocks(len(examples), stage.config.eval.batch_size):
+        part = [examples[place] for place in block]
+        tokens = [answers[place].tokens for place in block]
+        rendered = with_responses(stage.collator.prompts(part), tokens, stage.roles.backbone.pad_id)
+        texts = [answers[place].response for place in block]
+        parts.append(rewards.score(to_device(rendered, stage.device), texts, part).total)
+    scores: list[float] = stage.gathered(torch.cat(parts), len(examples)).tolist()
+    return scores
+
+
 class Judge:
     """The reward of ``eval.judge``, ready to score; the members of an ensemble are averaged.
 
@@ -123,14 +137,7 @@ class Judge:
     def judge(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[dict[str, float]]:
         """What it says of each answer: ``judge``, its score, and of one that predicts labels ``judge_positive``, 1
         where it takes the answer for a good one."""
-        stage, parts = self.stage, []
-        for block in stage.blocks(len(examples), stage.config.eval.batch_size):
-            part = [examples[place] for place in block]
-            tokens = [answers[place].tokens for place in block]
-            rendered = with_responses(stage.collator.prompts(part), tokens, stage.roles.backbone.pad_id)
-            texts = [answers[place].response for place in block]
-            parts.append(self._rewards.score(to_device(rendered, stage.device), texts, part).total)
-        scores = stage.gathered(torch.cat(parts), len(examples)).tolist()
+        scores = totals(self.stage, self._rewards, examples, answers)
         if self._zero is None:
             return [{JUDGE: score} for score in scores]
         return [{JUDGE: score, POSITIVE: float(score > self._zero)} for score in scores]
@@ -167,7 +174,8 @@ class _Sources(Rewards):
         return found
 
     def _loaded(self, members: Sequence[Path], place: int) -> list[str]:
-        names = [f"{JUDGE_ROLE}-{place}-{member}" for member in range(len(members))]
+        taken = sum(name.startswith(JUDGE_ROLE) for name in self.stage.roles.names)  # by another judge
+        names = [f"{JUDGE_ROLE}-{taken + member}" for member in range(len(members))]
         for name, folder in zip(names, members, strict=True):
             self.stage.roles.load(name, folder, head="reward")
         return names

@@ -46,6 +46,8 @@ class FeedbackScores(NamedTuple):
     logits: Tensor
     """[N] of a label its logit, of a pair by how much the chosen one scores higher: what ``correct`` is told by.
     Members are averaged."""
+    raw: Tensor
+    """[N, K] the same of each member alone, on the scale it was trained on: log-odds."""
 
 
 @torch.no_grad()
@@ -65,19 +67,22 @@ def score_feedback(stage: Stage, names: Sequence[str], records: Sequence[Feedbac
             assert targets is not None  # labels always come with targets
             logits = each.mean(dim=0)
             members, hit = (torch.eq(of > 0, targets > 0.5).float() for of in (each, logits))
+            odds = each
         else:
             scaled = [(raw - head.mean) / head.std for head, raw in zip(heads, raws, strict=True)]
             each = torch.stack([head_scores(stage, raw, part) for raw in scaled])
             members, hit = _ranked(each), _ranked(each.mean(dim=0))
             chosen, rejected = each.mean(dim=0).chunk(2)
             logits = chosen - rejected
+            sides_of = torch.stack([head_scores(stage, raw, part) for raw in raws]).chunk(2, dim=1)
+            odds = sides_of[0] - sides_of[1]
         lengths = sequences.response_mask.sum(dim=1).float()
         # Both sides of a record in one row, so that a repeated record is dropped whole.
         both = [mixed.unflatten(0, (sides, -1)).T, lengths.unflatten(0, (sides, -1)).T]
-        rows.append(torch.cat([*both, hit[:, None], logits[:, None], members.T], dim=1))
+        rows.append(torch.cat([*both, hit[:, None], logits[:, None], members.T, odds.T], dim=1))
     table = stage.gathered(torch.cat(rows), len(records))
-    scores, lengths, hit, logits, members = table.split([sides, sides, 1, 1, len(names)], dim=1)
-    return FeedbackScores(scores, lengths, hit[:, 0], members, logits[:, 0])
+    scores, lengths, hit, logits, members, raw = table.split([sides, sides, 1, 1, len(names), len(names)], dim=1)
+    return FeedbackScores(scores, lengths, hit[:, 0], members, logits[:, 0], raw)
 
 
 def _ranked(scores: Tensor) -> Tensor:

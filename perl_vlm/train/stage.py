@@ -297,7 +297,8 @@ class Keeper:
         if self.best is not None:
             best_tensors, records["best"] = self.best.state()
             tensors |= best_tensors
-        save_checkpoint(self.stage.run.checkpoints, step, tensors, records)
+        limit: int | None = getattr(self.stage.config, self.stage.name).save_total_limit
+        save_checkpoint(self.stage.run.checkpoints, step, tensors, records, keep=limit)
 
     def resume(self) -> int:
         """Restore the latest good checkpoint where the run was asked to resume; the number of steps done."""

@@ -1,0 +1,117 @@
+"""Runs suites: one cell for each evaluation and run, kept when it is done, so that nothing is measured twice.
+
+A cell's key is a hash of all that its figures depend on: the version of the results, the evaluation and its settings,
+the run's weights, the data. ``OUT/cells/KEY.json`` is a finished one. A cell that fails is told with its cause and
+harms no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from perl_vlm.errors import PerlVlmError
+from perl_vlm.report.files import write_atomically
+from perl_vlm.train.signals import StopOnSignal, Stopped
+from perl_vlm_eval.identity import data_hash, settings_hash
+from perl_vlm_eval.opened import OpenRun
+from perl_vlm_eval.results import SCHEMA, Cell, cell_from_json, read_json, to_json
+from perl_vlm_eval.runs import FoundRun
+from perl_vlm_eval.suite import Line, Suite
+
+
+def run_cells(
+    suite: Suite,
+    runs: Sequence[FoundRun],
+    out: Path,
+    *,
+    changes: Mapping[str, Any],
+    say: Callable[[str], None],
+    stop: StopOnSignal,
+) -> list[Cell]:
+    """Measure every run by every evaluation of a suite that it can be measured by; a run's model is loaded once.
+
+    Args:
+        out: the results' folder; finished cells in it are taken over.
+        changes: settings that take the place of the runs' own, by dotted key.
+        say: takes a line for the terminal.
+        stop: a signal ends the work between two batches; what was finished is kept.
+
+    Raises:
+        PerlVlmError: no run can be measured by any evaluation.
+    """
+    (out / "cells").mkdir(parents=True, exist_ok=True)  # what tells a folder of results
+    cells: list[Cell] = []
+    for run in runs:
+        opened: OpenRun | None = None
+        for line in suite.lines:
+            why = line.evaluation.applies(run)
+            if why:
+                cells.append(Cell(line.name, line.evaluation.kind, run.label, "", "skipped", why))
+                continue
+            try:
+                opened = opened or OpenRun(run, changes, out / "scratch" / _plain(run.label), stop)
+                cells.append(_cell(line, run, opened, out, say))
+            except Stopped:
+                raise
+            except Exception as error:  # a task's or a judge's own code may raise anything
+                cells.append(_failed(line, run, error, out, say))
+        del opened
+    if all(cell.status == "skipped" for cell in cells):
+        reasons = "; ".join(dict.fromkeys(cell.why for cell in cells))
+        raise PerlVlmError(f"no evaluation of the suite {suite.name} can measure any of these runs: {reasons}")
+    return cells
+
+
+def _cell(line: Line, run: FoundRun, opened: OpenRun, out: Path, say: Callable[[str], None]) -> Cell:
+    key = _key(line, opened)
+    kept = out / "cells" / f"{key}.json"
+    if kept.is_file():
+        try:
+            cell = cell_from_json(read_json(kept))
+            say(f"{run.label}: {line.name}: measured before")
+            return replace(cell, run=run.label, evaluation=line.name)
+        except PerlVlmError as error:
+            say(f"{run.label}: {line.name}: measured anew, for {kept} cannot be used: {error}")
+    say(f"{run.label}: {line.name} ...")
+    began = time.monotonic()
+    findings = line.evaluation.measure(opened)
+    findings = replace(findings, warnings=[*findings.warnings, *opened.new_notes()])
+    took = round(time.monotonic() - began, 2)
+    if findings.missing:
+        why = "; ".join(findings.missing)
+        say(f"{run.label}: {line.name}: not all could be measured: {why}")
+        return Cell(line.name, line.evaluation.kind, run.label, key, "failed", why, took, findings)
+    cell = Cell(line.name, line.evaluation.kind, run.label, key, "done", "", took, findings)
+    write_atomically(kept, json.dumps(to_json(cell), allow_nan=False) + "\n")
+    return cell
+
+
+def _key(line: Line, opened: OpenRun) -> str:
+    """Raises PerlVlmError where the run's data cannot be read."""
+    parts = [
+        SCHEMA, line.evaluation.kind, line.settings, opened.weights, settings_hash(opened.config),
+        data_hash(line.evaluation.records(opened)), line.evaluation.depends_on(opened),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _failed(line: Line, run: FoundRun, error: Exception, out: Path, say: Callable[[str], None]) -> Cell:
+    why = str(error)
+    if not isinstance(error, PerlVlmError):
+        log = out / "cells" / f"{_plain(run.label)}-{line.name}.log"
+        write_atomically(log, "".join(traceback.format_exception(error)))
+        why = f"{type(error).__name__}: {error} (more in {log})"
+    say(f"{run.label}: {line.name} failed: {why}")
+    return Cell(line.name, line.evaluation.kind, run.label, "", "failed", why)
+
+
+def _plain(label: str) -> str:
+    """A run's name as that of a file."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in label)

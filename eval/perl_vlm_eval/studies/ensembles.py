@@ -1,0 +1,123 @@
+"""Ensembles of LoRA reward models: one member, the mean, the minimum, mean less doubt, averaged weights; what each is
+worth at the same divergence from the anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from perl_vlm.config.checks import require
+from perl_vlm.report.html import Curve, Table
+from perl_vlm_eval.statistics import Seeds, over_seeds
+from perl_vlm_eval.studies.base import Plan, StudyFindings, StudySettings, cell, even_start, spread
+from perl_vlm_eval.studies.ways import Way, followed
+
+Start = Mapping[str, str]
+SINGLE = "single"
+COMBINATIONS = (SINGLE, "mean", "min", "uncertainty", "weight_average")
+
+
+@dataclass(frozen=True)
+class EnsembleSettings(StudySettings):
+    """Settings of ``ensembles``."""
+
+    members: int = 3
+    """Reward models of the ensemble."""
+    combinations: tuple[str, ...] = COMBINATIONS
+    """single (one member, another with every seed), and what ppo.ensemble takes."""
+    steps: int = 40
+    """PPO rounds of every arm."""
+    points: int = 5
+    """At how many of them, evenly, a policy is measured."""
+    limit: int = 512
+    """At most this many held-out prompts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        odd = [one for one in self.combinations if one not in COMBINATIONS]
+        require(not odd, f"{', '.join(odd)} is no combination; there are {', '.join(COMBINATIONS)}")
+        require(self.members >= 2, f"members is {self.members}; an ensemble has at least 2")
+        require(self.steps >= self.points >= 1, f"points is {self.points} and steps {self.steps}; 1 <= points <= steps")
+
+
+def plan(settings: EnsembleSettings) -> Plan:
+    """See ``studies.base.Plan``."""
+    ways: dict[tuple[str, str], list[Way]] = {}
+    for model in settings.models:
+        base = PurePath(model).name
+        reward = cell(settings, f"rm-{base}", "rm", model, {"rm.members": settings.members, "seed": 0})
+        folder, start = (yield [reward])[reward.name].folder, even_start(settings, model)
+        for how in settings.combinations:
+
+            def options(seed: int, how: str = how, folder: Path = folder, start: Start = start) -> dict[str, Any]:
+                # A single model is another member with every seed, so that none of them is the luck of the comparison.
+                single = folder / "members" / str(seed % settings.members)
+                return {
+                    "ppo.reward_model": single if how == SINGLE else folder,
+                    "ppo.ensemble": "mean" if how == SINGLE else how, "ppo.steps": settings.steps,
+                    "ppo.save_every": settings.steps // settings.points, **start,
+                }  # fmt: skip
+
+            ways[model, how] = yield from followed(
+                settings, f"{base}-{how}", model, options, settings.limit, reward.name
+            )
+    return _findings(settings, ways)
+
+
+def _findings(settings: EnsembleSettings, ways: Mapping[tuple[str, str], Sequence[Way]]) -> StudyFindings:
+    rows, figures, curves, said = [], dict[str, Any](), [], []
+    for model in settings.models:
+        own = {how: ways[model, how] for how in settings.combinations if ways[model, how]}
+        figures |= {f"{model}/{how}": [vars(way) for way in each] for how, each in own.items()}
+        # As far as every arm went: beyond, one would be held against a guess.
+        matched = min((max(way.kl) for each in own.values() for way in each), default=0.0)
+        at = {how: over_seeds([way.gold_at(matched) for way in each]) for how, each in own.items()}
+        for how in settings.combinations:
+            rows.append((f"{PurePath(model).name}, {how}", *_row(own.get(how, []), at.get(how))))
+        if own:
+            grid = np.linspace(0, matched**0.5, 9) ** 2
+            series = {
+                how: [(float(kl) ** 0.5, float(np.mean([way.gold_at(kl) for way in each]))) for kl in grid]
+                for how, each in own.items()
+            }
+            title = f"{PurePath(model).name}: gold at matched KL"
+            curves.append(Curve(title, "square root of the exact KL, in nats", series, "Means over seeds."))
+            said.append(_verdict(model, at, matched))
+    header = ("arm", "gold at matched KL", "best gold on the way", "gold at the end", "KL at the end", "seeds")
+    note = (
+        "Percent, mean and standard deviation over seeds, on held-out prompts. The matched KL is as far as every arm "
+        "of a base went; between measured points gold is taken along straight lines over the KL's square root. Best on "
+        "the way is the best of several points, by luck too. The ensemble is trained once; seeds are of the policies, "
+        "and a single reward model is another member with each."
+    )
+    return StudyFindings([Table("Ensembles of reward models", header, rows, note)], curves, said, figures)
+
+
+def _row(ways: Sequence[Way], matched: Seeds | None) -> tuple[str, ...]:
+    if not ways or matched is None:
+        return ("-",) * 4 + ("0",)
+    columns = (
+        matched, over_seeds([max(way.gold) for way in ways]), over_seeds([way.gold[way.end] for way in ways]),
+    )  # fmt: skip
+    kl = over_seeds([way.kl[way.end] for way in ways])
+    return (*(spread(one) for one in columns), spread(kl, 1.0), str(len(ways)))
+
+
+def _verdict(model: str, at: Mapping[str, Seeds], matched: float) -> str:
+    """Whether any combination beats the single model at the same divergence, beyond the noise of the seeds."""
+    single, others = at.get(SINGLE), {how: found for how, found in at.items() if how != SINGLE}
+    if single is None or not others:
+        return f"{model}: too few finished arms to compare."
+    best = max(others, key=lambda how: others[how].mean)
+    ends = (
+        f"{model}: at a KL of {matched:.2f} nats the best combination is {best}, {100 * others[best].mean:.1f} % gold "
+        f"against {100 * single.mean:.1f} % of a single reward model"
+    )
+    low, high = others[best].low, single.high
+    if low is None or high is None:
+        return f"{ends}; of one seed nothing is known of its spread."
+    return f"{ends}: " + ("beyond the noise of the seeds." if low > high else "within the noise of the seeds.")

@@ -1,0 +1,98 @@
+"""Policies followed through their checkpoints: what the studies of regularisers and ensembles have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from perl_vlm_eval.studies.base import StudySettings, cell
+from perl_vlm_eval.studies.cells import Outcome, StudyCell
+
+Steps = Generator[Sequence[StudyCell], Mapping[str, Outcome], Any]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One trained policy: its points in the order of training, the anchor first."""
+
+    kl: Sequence[float]
+    """In nats, exact."""
+    gold: Sequence[float]
+    proxy: Sequence[float]
+    win_rate: Sequence[float]
+    """Against the anchor by the gold metric; a half at the anchor itself."""
+    names: Sequence[str]
+    verdict: str = ""
+    precision: Mapping[str, float] = field(default_factory=dict)
+    """Factual precision of ``anchor`` and ``policy``, where it was measured."""
+
+    @property
+    def end(self) -> int:
+        """The place of the policy that was published: where checkpoints were measured on the way, the best one."""
+        return list(self.names).index("policy")
+
+    def gold_at(self, kl: float) -> float:
+        """The gold metric at a divergence, between points in a straight line over its square root."""
+        order = np.argsort(self.kl, kind="stable")
+        away, gold = np.sqrt(np.maximum(np.asarray(self.kl)[order], 0)), np.asarray(self.gold)[order]
+        return float(np.interp(kl**0.5, away, gold))
+
+
+def followed(
+    settings: StudySettings,
+    name: str,
+    model: str,
+    options: Callable[[int], Mapping[str, Any]],
+    limit: int,
+    *needs: str,
+) -> Steps:
+    """Train a policy with every seed, keep its checkpoints, and follow it through them: a list of ``Way``.
+
+    Args:
+        options: settings of the policy with a seed.
+    """
+    trained = [
+        cell(
+            settings, f"ppo-{name}-s{seed}", "ppo", model,
+            {**options(seed), "seed": seed, "ppo.save_total_limit": None}, *needs,
+        )
+        for seed in range(settings.seeds)
+    ]  # fmt: skip
+    done = yield trained
+    measured = [
+        StudyCell(
+            f"way-{name}-s{seed}",
+            ["eval", "--suite", "way", "--runs", str(done[one.name].folder), "--limit", str(limit)],
+            (one.name,),
+            wants="hacking",
+        )
+        for seed, one in enumerate(trained)
+    ]
+    found = yield measured
+    return [way_of(found[one.name].summary) for one in measured if found[one.name].done]
+
+
+def way_of(results: Mapping[str, Any]) -> Way:
+    """A way from the results of the suite ``way``."""
+    cells = {one["kind"]: one for one in results["cells"] if one["status"] == "done"}
+    figures = cells["hacking"]["figures"]
+    names = [name.split("/")[1] for name in figures if name.startswith("way/") and name.endswith("/kl")]
+
+    def column(what: str, default: float) -> list[float]:
+        return [
+            figures[f"way/{name}/{what}"]["estimate"]["value"] if f"way/{name}/{what}" in figures else default
+            for name in names
+        ]
+
+    precision = {}
+    for label, key in (("anchor", "anchor/precision"), ("policy", "precision")):
+        known = cells.get("factuality", {}).get("figures", {}).get(key)
+        if known is not None:
+            precision[label] = known["estimate"]["value"]
+    return Way(
+        column("kl", 0.0), column("gold", 0.0), column("proxy", 0.0), column("win_rate", 0.5), names,
+        cells["hacking"]["verdicts"][0], precision,
+    )  # fmt: skip

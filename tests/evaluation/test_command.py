@@ -1,0 +1,193 @@
+"""``perl-vlm eval`` from end to end, on a run that was really trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perl_vlm.cli import main
+from perl_vlm_eval.evaluations.policies import Policies
+from perl_vlm_eval.evaluations.reward_models import RewardModels
+from perl_vlm_eval.results import Findings
+
+pytestmark = pytest.mark.slow
+
+SUITE = """
+name: small
+evaluations:
+- kind: reward_model
+  limit: 40
+- kind: policy
+  limit: 24
+  kl_prompts: 16
+  best_of: 4
+  best_of_prompts: 8
+- kind: resources
+"""
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(SUITE)
+    return str(path)
+
+
+def results(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
+def cell(out: Path, evaluation: str) -> dict[str, Any]:
+    return next(one for one in results(out)["cells"] if one["evaluation"] == evaluation)
+
+
+def test_everything_is_measured_kept_and_shown(
+    whole_run: Path, suite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results"
+    assert main(["eval", "--suite", suite, "--runs", str(whole_run), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "pair_accuracy" in said
+    assert "gain/accuracy" in said
+    assert results(out)["tests"][0]["estimate"]["test"]
+
+    reward = cell(out, "reward_model")["figures"]
+    for name in (
+        "pair_accuracy", "ece", "score_length_correlation", "margin_length_correlation", "accuracy_blank_pictures",
+        "accuracy_shuffled_pictures", "accuracy_swapped_pictures", "solvable_blind", "disagreement",
+    ):  # fmt: skip
+        assert reward[name]["estimate"]["items"] == 40, name
+        assert reward[name]["estimate"]["low"] is not None, name
+    policy = cell(out, "policy")["figures"]
+    for name in (
+        "accuracy", "anchor/accuracy", "gain/accuracy", "win_rate/accuracy", "kl", "entropy", "ended", "distinct_1",
+        "response_tokens", "empty", "repeated", "reward", "gain/reward", "win_rate/reward", "best_of_4",
+    ):  # fmt: skip
+        assert name in policy, name
+    assert policy["kl"]["estimate"]["items"] == 16
+    assert policy["kl"]["estimate"]["value"] > 0
+    cost = cell(out, "resources")["figures"]
+    assert 0 < cost["ppo/trainable/policy"]["estimate"]["value"] < 1
+    tests = results(out)["tests"]
+    assert {one["family"] for one in tests} == {"main", "further"}
+    assert all(one["p_holm"] is None or one["p_holm"] >= one["estimate"]["p"] for one in tests)
+
+    page = (out / "report.html").read_text()
+    assert "Reliability" in page
+    assert "data:image/png" in page
+    assert len(page) < 5_000_000
+    for path in out.rglob("*.json"):
+        assert "NaN" not in path.read_text()
+
+    def refuse(*args: object) -> Findings:
+        raise AssertionError("measured again")
+
+    for kind in (RewardModels, Policies):
+        monkeypatch.setattr(kind, "measure", refuse)
+    before = results(out)
+    assert main(["eval", "--suite", suite, "--runs", str(whole_run), "--out", str(out)]) == 0
+    assert results(out)["cells"] == before["cells"]
+    assert "measured before" in capsys.readouterr().out
+
+
+def test_what_changes_is_measured_anew_and_what_fails_is_a_hole(
+    whole_run: Path, suite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    full = Policies.measure
+
+    def failing(self: RewardModels, opened: object) -> Findings:
+        measured.append("reward_model")
+        raise ZeroDivisionError("nothing to divide")
+
+    def counting(self: Policies, opened: Any) -> Findings:
+        measured.append("policy")
+        return full(self, opened)
+
+    monkeypatch.setattr(RewardModels, "measure", failing)
+    monkeypatch.setattr(Policies, "measure", counting)
+    run, out = tmp_path / "runs" / "copy", tmp_path / "results"
+    shutil.copytree(whole_run, run)
+    given = ["eval", "--suite", suite, "--runs", str(run), "--out", str(out)]
+    assert main(given) == 1
+    hole = cell(out, "reward_model")
+    assert hole["status"] == "failed"
+    assert "ZeroDivisionError: nothing to divide" in hole["why"]
+    assert cell(out, "policy")["status"] == "done"
+    assert "reward_model failed: ZeroDivisionError" in capsys.readouterr().out
+    assert "reward_model failed" in (out / "report.html").read_text()
+
+    assert main(given) == 1
+    assert measured == ["reward_model", "policy", "reward_model"], "what failed is tried again, what is done is not"
+    assert main([*given, "--limit", "20"]) == 1
+    assert measured[3:] == ["reward_model", "policy"], "other items"
+    weights = run / "ppo" / "adapter" / "adapter_config.json"
+    weights.write_text(weights.read_text() + "\n")
+    assert main(given) == 1
+    assert measured[5:] == ["reward_model", "policy"], "other weights"
+
+
+def test_two_results_side_by_side(
+    whole_run: Path, suite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "runs" / "second"
+    shutil.copytree(whole_run, copy)
+    for name, run in (("one", whole_run), ("two", copy)):
+        assert main(["eval", "--suite", suite, "--runs", str(run), "--out", str(tmp_path / name)]) == 0
+    capsys.readouterr()
+    both = tmp_path / "both"
+    assert main(["eval", "compare", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(both)]) == 0
+    found = [one for one in results(both)["tests"] if one["what"] == "policy: accuracy" and one["a"] != "anchor"]
+    assert [(one["a"], one["b"], one["words"]) for one in found] == [("vqa/first", "runs/second", "within noise")]
+    assert found[0]["estimate"]["value"] == 0
+    assert found[0]["estimate"]["items"] == 24
+    assert (both / "report.html").is_file()
+    assert main(["eval", "compare", str(both), str(tmp_path / "one")]) == 0, "a comparison's folder stands alone"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda run: shutil.rmtree(run / "adapter"), "has no adapter"),
+        (lambda run: (run / "summary.json").unlink(), "is not finished"),
+        (lambda run: (run / "config.yaml").unlink(), "is no run"),
+        (lambda run: (run / "summary.json").write_text("{}"), "names no task and stage"),
+        (
+            lambda run: (run / "summary.json").write_text('{"task": "nothing", "stage": "ppo"}'),
+            "no task or command 'nothing'",
+        ),
+    ],
+)
+def test_runs_that_cannot_be_measured_are_named(
+    spoil: Any, said: str, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "ppo"
+    shutil.copytree(whole_run / "ppo", run)
+    spoil(run)
+    assert main(["eval", "--runs", str(run), "--out", str(tmp_path / "results")]) == 1
+    printed = capsys.readouterr()
+    assert said in printed.err + printed.out
+    assert "Traceback" not in printed.err
+
+
+def test_flags_that_are_not_understood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--help"]) == 0
+    assert "--output_path" in capsys.readouterr().out
+    for argv, said in (
+        ([], "needs --runs"),
+        (["--runs", "nowhere"], "is no folder"),
+        (["--suite", "none", "--runs", "x"], "no suite 'none'"),
+        (["--runs", "x", "--limit", "0"], "0 is not 1 or more"),
+        (["--rums", "x"], "--rums"),
+        (["compare", "one"], "two or more"),
+        (["compare", "one", "two"], "no results.json"),
+    ):
+        assert main(["eval", *argv]) in (1, 2), argv
+        assert said in capsys.readouterr().err, argv
+    (tmp_path / "mine.txt").write_text("keep")
+    assert main(["eval", "--runs", "nowhere", "--out", str(tmp_path)]) in (1, 2)
+    assert (tmp_path / "mine.txt").read_text() == "keep"

@@ -1,0 +1,136 @@
+"""A study's cells: run once, continued, left out where what they need is missing."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from perl_vlm.errors import PerlVlmError
+from perl_vlm.train.signals import StopOnSignal, Stopped
+from perl_vlm_eval.studies.cells import StudyCell, Workshop
+
+Run = tuple[list[str], "str | None"]
+
+
+class Bench(Workshop):
+    """Cells that write their summaries themselves; those named ``bad`` fail."""
+
+    def __init__(self, out: Path, devices: Sequence[str | None] = (None,), seconds: float = 0.0) -> None:
+        self.said: list[str] = []
+        self.runs: list[Run] = []
+        self.at_once, self.most, self.seconds = 0, 0, seconds
+        self.guard = threading.Lock()
+        self.stop = StopOnSignal()
+        super().__init__(out, devices, self.said.append, self.stop)
+
+    def _wait(self, arguments: Sequence[str], log: Path, device: str | None) -> int:
+        with self.guard:
+            self.runs.append((list(arguments), device))
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+        time.sleep(self.seconds)
+        with self.guard:
+            self.at_once -= 1
+        folder = Path(arguments[arguments.index("--out") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text("seed: 0\n")
+        if folder.name.startswith("bad"):
+            log.write_text("a line\nperl-vlm: error: no memory for this\nanother\n")
+            return 1
+        (folder / "summary.json").write_text(json.dumps({"metrics": {"x": len(self.runs)}}))
+        log.write_text("fine\n")
+        return 0
+
+
+def cell(name: str, *needs: str, lr: str = "1") -> StudyCell:
+    return StudyCell(name, ["vqa", "rm", "--rm.lr", lr], needs)
+
+
+def name_of(run: Run) -> str:
+    """The cell that a command was for."""
+    return Path(run[0][run[0].index("--out") + 1]).name.rpartition("-")[0]
+
+
+def test_cells_run_once_in_the_order_of_their_needs(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    found = bench.make([cell("b", "a"), cell("a"), cell("c", "b")])
+    assert [name_of(run) for run in bench.runs] == ["a", "b", "c"]
+    assert all(outcome.done for outcome in found.values())
+    assert found["a"].metrics == {"x": 1}
+    again = Bench(tmp_path)
+    assert again.make([cell("a"), cell("b", "a")])["b"].metrics == {"x": 2}
+    assert again.runs == []
+
+
+def test_a_failed_cell_is_a_hole_and_so_is_what_needs_it(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    found = bench.make([cell("bad"), cell("after", "bad"), cell("beside")])
+    assert found["bad"].why == "no memory for this"
+    assert found["after"].why == "bad is missing"
+    assert found["beside"].done
+    assert any("bad: failed" in line for line in bench.said)
+    assert bench.make([cell("later", "after", "beside")])["later"].why == "after is missing"
+    again = Bench(tmp_path)
+    again.make([cell("bad")])
+    assert "--resume" in again.runs[0][0], "it left a folder to go on from"
+
+
+def test_as_many_at_once_as_there_are_places(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, ("0", "3"), seconds=0.05)
+    bench.make([cell(str(place)) for place in range(6)])
+    assert bench.most == 2
+    assert {device for _, device in bench.runs} == {"0", "3"}
+
+
+def test_other_settings_are_another_cell(tmp_path: Path) -> None:
+    Bench(tmp_path).make([cell("a")])
+    again = Bench(tmp_path)
+    again.make([cell("a", lr="2")])
+    assert len(again.runs) == 1
+    assert Bench(tmp_path).make([cell("a")])["a"].metrics == {"x": 1}, "both are kept"
+    with pytest.raises(PerlVlmError, match="same name"):
+        Bench(tmp_path).make([cell("a"), cell("a", lr="2")])
+
+
+def test_a_suite_without_what_is_wanted_is_a_hole_and_tried_again(tmp_path: Path) -> None:
+    class Suite(Bench):
+        status = "failed"
+
+        def _wait(self, arguments: Sequence[str], log: Path, device: str | None) -> int:
+            self.runs.append((list(arguments), device))
+            folder = Path(arguments[arguments.index("--out") + 1])
+            folder.mkdir(parents=True, exist_ok=True)
+            cells = [{"kind": "hacking", "status": self.status}, {"kind": "factuality", "status": "failed"}]
+            (folder / "results.json").write_text(json.dumps({"cells": cells}))
+            log.write_text("eval: hacking failed: no reward\n")
+            return 1
+
+    wanted = StudyCell("way", ["eval", "--runs", "x"], wants="hacking")
+    bench = Suite(tmp_path)
+    assert bench.make([wanted])["way"].why == "eval: hacking failed: no reward"
+    again = Suite(tmp_path)
+    again.status = "done"
+    assert again.make([wanted])["way"].done
+    assert len(again.runs) == 1
+    assert "--resume" not in again.runs[0][0]
+    assert Suite(tmp_path).make([wanted])["way"].done
+
+
+def test_a_stop_starts_nothing_further(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.stop.request()
+    with pytest.raises(Stopped):
+        bench.make([cell("a"), cell("b", "a")])
+    assert len(bench.runs) <= 1
+
+
+def test_a_real_process_is_started_and_stopped(tmp_path: Path) -> None:
+    stop = StopOnSignal()
+    workshop = Workshop(tmp_path, [None], lambda text: None, stop)
+    found = workshop.make([StudyCell("typo", ["vqa", "rm", "--rm.stepz", "3"])])
+    assert "--rm.stepz" in found["typo"].why

@@ -1,0 +1,123 @@
+"""``perl-vlm study``: what it is asked, and the tables of PE-RLHF from cells whose figures are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perl_vlm.cli import main
+from perl_vlm_eval.studies import STUDIES, pe_rlhf
+from perl_vlm_eval.studies.cells import Outcome
+from perl_vlm_eval.studies.command import drive
+from perl_vlm_eval.studies.pe_rlhf import PeRlhfSettings
+
+FIGURES = {"full": 0.80, "r4": 0.82, "r1": 0.70}
+
+
+class Known:  # in place of a Workshop
+    """Cells whose figures follow from their settings: the learning rate 2 is best, seeds are a point apart."""
+
+    def __init__(self, out: Path, missing: str = "nothing") -> None:
+        self.out, self.missing, self.names = out, missing, list[str]()
+
+    def make(self, cells: Any) -> dict[str, Outcome]:
+        return {cell.name: self.outcome(cell) for cell in cells}
+
+    def outcome(self, cell: Any) -> Outcome:
+        folder = self.out / cell.name
+        self.names.append(cell.name)
+        if self.missing in cell.name:
+            return Outcome(folder, "it failed")
+        verb = cell.name.split("-")[0]
+        trained = cell.name.removeprefix("eval-")
+        arm, lr, seed = trained.split("-")[2], float(trained.split("-")[3][2:]), int(trained.split("-")[4][1:])
+        value = FIGURES[arm] - 0.1 * (lr != 2) + 0.01 * seed
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [
+            {"stage": verb, "step": step, "time": 10.0 + step * (3 if arm == "full" else 2), "eval/accuracy": value,
+             "eval/loss": 1 - value, "eval/scores": value}
+            for step in range(4)
+        ]  # fmt: skip
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        summary = {
+            "peak_memory_bytes": 1000 if arm == "full" else 450,
+            "metrics": {"reward_model/pair_accuracy": value, "policy/accuracy": value, "anchor/accuracy": 0.5},
+        }
+        return Outcome(folder, "", summary)
+
+
+SETTINGS = PeRlhfSettings(
+    task="vqa", ranks=(1, 4), seeds=3, rm_lrs=(1, 2), rm_full_lrs=(2, 3), ppo_lrs=(1, 2), ppo_full_lrs=(2, 3)
+)
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pe_rlhf, "bare_bytes", lambda: 100)
+
+
+def test_each_arm_takes_its_best_rate_and_every_seed_is_trained(tmp_path: Path) -> None:
+    cells = Known(tmp_path)
+    found = drive(pe_rlhf.plan(SETTINGS), cells)
+    assert {name: one["reward_model"]["lr"] for name, one in found.figures.items()} == {
+        "tiny/full": 2, "tiny/4": 2, "tiny/1": 2
+    }  # fmt: skip
+    one, two, three = found.tables
+    assert one.title.startswith("Table 1")
+    rows = {row[0]: row[1] for row in one.rows}
+    assert rows["RM accuracy, full"] == "81.0 ± 1.0"
+    assert rows["RM accuracy, LoRA"] == "83.0 ± 1.0"
+    assert rows["RM memory, LoRA / full"] == "39 %", "350 of 900 beyond the bare process"
+    assert rows["RL speed, LoRA / full"] == "1.50x"
+    assert two.rows[0] == ("vqa, tiny", "81.0 ± 1.0", "83.0 ± 1.0", "71.0 ± 1.0")
+    assert two.header == ("", "full", "rank 4", "rank 1")
+    assert three.rows[0][-1] == "50.0"
+    assert "83.0 ± 1.0 against 81.0 ± 1.0 of full tuning over 3 seeds: within the noise" in found.verdicts[0]
+    trials = [name for name in cells.names if name.startswith("rm-tiny-full")]
+    assert sorted(set(trials)) == [f"rm-tiny-full-lr{lr}" for lr in ("2-s0", "2-s1", "2-s2", "3-s0")]
+
+
+def test_trials_are_compared_on_validation_data(tmp_path: Path) -> None:
+    asked = next(pe_rlhf.plan(SETTINGS))
+    arguments = list(asked[0].arguments)
+    assert arguments[arguments.index("--rm.eval_every") + 1] == "25", "an eighth of the steps"
+    own = PeRlhfSettings(**{**vars(SETTINGS), "options": ("--rm.eval_every", "7")})
+    assert list(next(pe_rlhf.plan(own))[0].arguments).count("--rm.eval_every") == 1
+
+
+def test_holes_are_holes(tmp_path: Path) -> None:
+    found = drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "a", missing="ppo-tiny-full"))
+    rows = {row[0]: row[1] for row in found.tables[0].rows}
+    assert (rows["RL, full"], rows["RL, LoRA"], rows["RL memory, LoRA / full"]) == ("-", "83.0 ± 1.0", "-")
+    assert "too few finished runs" in found.verdicts[1]
+    nothing = drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "b", missing="rm-"))
+    assert {cell for row in nothing.tables[1].rows[:1] for cell in row[1:]} == {"-"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["pe-rhlf"], "Did you mean pe-rlhf"),
+        (["pe-rlhf"], "needs --task"),
+        (["pe-rlhf", "--task", "nothing"], "no task or command 'nothing'"),
+        (["pe-rlhf", "--task", "vqa", "--rank", "1"], "no setting rank. Nearest: ranks"),
+        (["pe-rlhf", "--task", "vqa", "--ranks", "1,two"], "ranks is"),
+        (["pe-rlhf", "--task", "vqa", "--rm_lrs", "1"], "searched equally"),
+        (["pe-rlhf", "--task", "vqa", "--parallel", "many"], "--parallel is 'many'"),
+        (["pe-rlhf", "--task", "vqa", "--seeds"], "--seeds needs a value"),
+    ],
+)
+def test_arguments_that_are_not_understood(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", *argv]) in (1, 2)
+    assert said in capsys.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study"]) == 0
+    assert main(["study", "pe-rlhf", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--ranks" in said
+    assert all(name in said for name in STUDIES)

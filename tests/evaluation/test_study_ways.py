@@ -1,0 +1,106 @@
+"""The studies of regularisers and ensembles from ways whose truth is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perl_vlm_eval.studies import STUDIES, ensembles, regularizers
+from perl_vlm_eval.studies.cells import Outcome
+from perl_vlm_eval.studies.command import drive
+from perl_vlm_eval.studies.ways import way_of
+
+GOLD = {
+    "none": 0.9, "k1": 0.6, "single": 0.6, "mean": 0.7, "min": 0.9, "uncertainty": 0.7, "weight_average": 0.7,
+}  # fmt: skip
+
+
+def results(end: float) -> dict[str, Any]:
+    """Of the suite ``way``: gold rises from one half to ``end``, the KL by one at each of two points."""
+    figures = {}
+    for name, kl, gold in (("anchor", 0.0, 0.5), ("round 5", 1.0, (0.5 + end) / 2), ("policy", 4.0, end)):
+        for what, value in (("kl", kl), ("gold", gold), ("proxy", kl), ("win_rate", gold)):
+            figures[f"way/{name}/{what}"] = {"estimate": {"value": value}}
+    facts = {"precision": {"estimate": {"value": 0.4}}, "anchor/precision": {"estimate": {"value": 0.5}}}
+    return {
+        "cells": [
+            {"kind": "hacking", "status": "done", "figures": figures, "verdicts": ["No sign of it."]},
+            {"kind": "factuality", "status": "done", "figures": facts},
+        ]
+    }
+
+
+class Known:  # in place of a Workshop
+    def __init__(self, out: Path) -> None:
+        self.out, self.cells = out, dict[str, list[str]]()
+
+    def make(self, cells: Any) -> dict[str, Outcome]:
+        return {cell.name: self.outcome(cell) for cell in cells}
+
+    def outcome(self, cell: Any) -> Outcome:
+        self.cells[cell.name] = list(cell.arguments)
+        if not cell.name.startswith("way-"):
+            return Outcome(self.out / cell.name, "" if "k2" not in cell.name else "it failed", {"metrics": {}})
+        if "k2" in cell.name:
+            return Outcome(self.out / cell.name, "ppo is missing")
+        arm, seed = cell.name.split("-")[-2], int(cell.name[-1])
+        return Outcome(self.out / cell.name, "", results(GOLD[arm] + 0.01 * seed))
+
+
+def test_a_way_is_read_in_its_order() -> None:
+    way = way_of(results(0.8))
+    assert way.names == ["anchor", "round 5", "policy"]
+    assert way.gold_at(0) == 0.5
+    assert way.gold_at(1) == pytest.approx(0.65)
+    assert way.gold_at(2.25) == pytest.approx(0.65 + 0.15 / 2), "straight over the square root"
+    assert way.precision == {"anchor": 0.5, "policy": 0.4}
+    assert way.end == 2
+
+
+def test_regularisers_side_by_side(tmp_path: Path) -> None:
+    cells = Known(tmp_path)
+    settings = regularizers.RegularizerSettings(
+        task="vqa", kinds=("none", "k1", "k2"), tunings=("lora",), steps=20, points=4
+    )
+    found = drive(regularizers.plan(settings), cells)
+    rows = {row[0]: row[1:] for row in found.tables[0].rows}
+    assert rows["tiny, lora, none"] == ("91.0 ± 1.0", "91.0 ± 1.0", "4.00 ± 0.00", "50.0 ± 0.0", "40.0 ± 0.0", "3")
+    assert rows["tiny, lora, k2"] == ("-", "-", "-", "-", "-", "0")
+    assert "best none 91.0, worst k1 61.0" in found.verdicts[0]
+    assert "apart beyond the noise" in found.verdicts[0]
+    assert found.curves[0].series["none"][0] == (0.0, 0.5)
+    one = cells.cells["ppo-tiny-lora-none-s1"]
+    assert one[:6] == ["vqa", "ppo", "--config", "none", "--model", "tiny"]
+    assert {"--ppo.kl_coef", "--ppo.save_every", "--ppo.save_total_limit"} <= set(one)
+    assert one[one.index("--ppo.save_every") + 1] == "5"
+    assert one[one.index("--ppo.save_total_limit") + 1] == "null"
+    assert cells.cells["way-tiny-lora-none-s0"][:3] == ["eval", "--suite", "way"]
+
+
+def test_ensembles_at_the_same_divergence(tmp_path: Path) -> None:
+    cells = Known(tmp_path)
+    found = drive(ensembles.plan(ensembles.EnsembleSettings(task="vqa", seeds=2)), cells)
+    rows = {row[0]: row[1:] for row in found.tables[0].rows}
+    assert rows["tiny, min"][0] == "90.5 ± 0.7"
+    assert len(rows) == 5
+    assert "the best combination is min, 90.5 % gold against 60.5 %" in found.verdicts[0]
+    single = cells.cells["ppo-tiny-single-s0"]
+    assert single[single.index("--ppo.reward_model") + 1].endswith("rm-tiny/members/0")
+    assert any(part.endswith("rm-tiny/members/1") for part in cells.cells["ppo-tiny-single-s1"])
+    assert single[single.index("--ppo.value") + 1] == "zero", "all value functions start alike"
+    assert cells.cells["rm-tiny"][-3:] == ["3", "--seed", "0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("regularizers", {"kinds": ("k9",)}), ("regularizers", {"points": 50}),
+        ("regularizers", {"tunings": ("dora",)}),
+        ("ensembles", {"members": 1}), ("ensembles", {"combinations": ("median",)}), ("ensembles", {"seeds": 0}),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be(name: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is"):
+        STUDIES[name].settings(task="vqa", **wrong)
