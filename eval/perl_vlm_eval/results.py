@@ -148,7 +148,8 @@ def cell_from_json(given: Mapping[str, Any]) -> Cell:
 
 
 def _estimate(given: Mapping[str, Any]) -> Estimate:
-    return Difference(**given) if "test" in given else Estimate(**given)
+    value = float("nan") if given["value"] is None else given["value"]
+    return (Difference if "test" in given else Estimate)(**{**given, "value": value})
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:

@@ -131,6 +131,8 @@ def statistic(
     member = members(groups, items, "statistic")
     count = int(member.max()) + 1
     value = float(measure(np.arange(items)))
+    if not math.isfinite(value):
+        return Estimate(value, None, None, items, count, "it has no value here: nothing varies")
     if count < LEAST:
         return Estimate(value, None, None, items, count, too_few(count))
     places = [np.flatnonzero(member == group) for group in range(count)]

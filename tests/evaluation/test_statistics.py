@@ -102,7 +102,9 @@ def test_any_statistic_of_items() -> None:
     assert found.value == pytest.approx(np.median(values))
     assert covered(found.low, found.high, found.value)
     nothing = statistic(lambda places: math.nan, 20)
-    assert (nothing.low, nothing.method) == (None, "no resample has a value")
+    assert (nothing.low, nothing.method) == (None, "it has no value here: nothing varies")
+    rarely = statistic(lambda places: 1.0 if len(set(places)) == 20 else math.nan, 20)
+    assert (rarely.low, rarely.method) == (None, "no resample has a value")
 
 
 def test_what_resampling_would_distort_goes_by_the_jackknife() -> None:
