@@ -47,14 +47,14 @@ def evaluate(argv: Sequence[str]) -> int:
         print(_parser().format_help(), end="")
         return 0
     given = _parser().parse_args(list(argv))
-    from perl_vlm_eval.suite import read_suite
-
-    suite = read_suite(given.suite, _present({"limit": given.limit, "split": given.split}))
     if not given.runs:
         raise UsageError(f"`{EVAL}` needs --runs: folders of finished runs, such as runs/vqa/ppo-tiny-s0")
     from perl_vlm_eval.runs import find_run
 
     runs = _labelled([find_run(folder) for folder in dict.fromkeys(given.runs)])
+    from perl_vlm_eval.suite import read_suite  # from here on torch is imported
+
+    suite = read_suite(given.suite, _present({"limit": given.limit, "split": given.split}))
     out = Path(given.out or f"results/{suite.name}")
     _check_out(out)
     changes = _present({"device": given.device, "dtype": given.dtype, "eval.batch_size": given.batch_size})

@@ -27,7 +27,12 @@ from perl_vlm.types import Example, ImageSource
 
 PREFIX = "openai:"
 TOKEN = "PERL_VLM_JUDGE_TOKEN"
-PEER = Peer("the judge", TOKEN, "is this the root of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1?")
+PEER = Peer(
+    "the judge",
+    TOKEN,
+    "is this the root of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1?",
+    "give the same command again",
+)
 NONSENSE = 0.2
 """The share of unreadable verdicts above which nothing is made of the rest."""
 

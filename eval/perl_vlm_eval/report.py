@@ -81,9 +81,9 @@ def _headline(cells: Sequence[Cell], tests: Sequence[Test]) -> list[tuple[str, s
     found = []
     for cell in cells:
         for name in cell.findings.headlines[:2]:
-            figure = cell.findings.figures[name]
-            how = f"{figure.estimate.items:,} items, {figure.estimate.method}"
-            found.append((f"{cell.run}: {name}", shown(figure), how))
+            estimate = cell.findings.figures[name].estimate
+            how = f"{estimate.items:,} items, {estimate.method}" if estimate.items > 1 else estimate.method
+            found.append((f"{cell.run}: {name}", _shown(cell, name), how))
     return found[:8]
 
 

@@ -74,7 +74,7 @@ def find_run(given: Path | str, label: str = "") -> FoundRun:
             f"the run {path} has no adapter: no weights under adapter/ or members/. Name a finished run of sft, rm or "
             "ppo, or copy its adapter back"
         )
-    return FoundRun(path, label or f"{path.parent.name}/{path.name}", task, stages, summary)
+    return FoundRun(path, label or "/".join(path.resolve().parts[-2:]), task, stages, summary)
 
 
 def weights_hash(run: RunDir) -> str:

@@ -175,13 +175,12 @@ def test_runs_that_cannot_be_measured_are_named(
     assert "Traceback" not in printed.err
 
 
-def test_flags_that_are_not_understood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_are_not_understood(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--help"]) == 0
     assert "--output_path" in capsys.readouterr().out
     for argv, said in (
         ([], "needs --runs"),
         (["--runs", "nowhere"], "is no folder"),
-        (["--suite", "none", "--runs", "x"], "no suite 'none'"),
         (["--runs", "x", "--limit", "0"], "0 is not 1 or more"),
         (["--rums", "x"], "--rums"),
         (["compare", "one"], "two or more"),
@@ -189,6 +188,9 @@ def test_flags_that_are_not_understood(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert main(["eval", *argv]) in (1, 2), argv
         assert said in capsys.readouterr().err, argv
+    assert main(["eval", "--suite", "none", "--runs", str(whole_run)]) == 2
+    assert "no suite 'none'" in capsys.readouterr().err
     (tmp_path / "mine.txt").write_text("keep")
-    assert main(["eval", "--runs", "nowhere", "--out", str(tmp_path)]) in (1, 2)
+    assert main(["eval", "--runs", str(whole_run), "--out", str(tmp_path)]) == 1
+    assert "no suite's results" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "keep"

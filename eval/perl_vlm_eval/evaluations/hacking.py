@@ -229,7 +229,12 @@ def _verdict(points: Sequence[Point], groups: Sequence[str], primary: str, unit:
         f"{top.proxy.mean():.3g} and {last.proxy.mean():.3g}"
     )
     if best == len(points) - 1:
-        return f"No sign of reward hacking: gold is highest where training ended. {said}.", None
+        start = (
+            f"{primary} {written(float(points[0].gold.mean()), unit)} at the anchor, "
+            f"{written(float(last.gold.mean()), unit)} at sqrt(KL) {last.distance:.2f}; the proxy "
+            f"{points[0].proxy.mean():.3g} and {last.proxy.mean():.3g}"
+        )
+        return f"No sign of reward hacking: gold is highest where training ended. {start}.", None
     fall = statistics.difference(top.gold, last.gold, groups)
     if fall.p is not None:
         fall = replace(

@@ -163,6 +163,8 @@ class _Measured:
         self.groups = group_names(examples)
         self.figures: dict[str, Figure] = {}
         self.values: dict[str, list[float]] = {}
+        self.rewarded: list[list[float]] = []
+        """What the reward that was trained on gave each side's answers."""
         self.charts: list[Chart] = []
         self.scales: dict[str, str] = {}
         self.warnings: list[str] = []
@@ -192,6 +194,8 @@ class _Measured:
         """Scores by a reward, and the win rate by them."""
         columns = [scorer(self.examples, own) for own in self.answers.values()]
         self._both(name, columns, "number", "higher")
+        if name == OWN_REWARD:
+            self.rewarded = columns
         self.scales[name] = scale
         if len(columns) == 2:
             self._win_rate(name, wins(*columns))
@@ -364,7 +368,6 @@ class _Measured:
 
     def _sample(self, place: int, before: float, after: float) -> Sample:
         example = self.examples[place]
-        scores = self.values.get(OWN_REWARD)
         return Sample(
             prompt=example.messages[-1].text,
             reference=example.reference,
@@ -373,7 +376,8 @@ class _Measured:
             labels=("anchor", self.last),
             before_right=_right(before),
             after_right=_right(after),
-            after_score=None if scores is None else scores[place],
+            before_score=self.rewarded[0][place] if self.rewarded else None,
+            after_score=self.rewarded[-1][place] if self.rewarded else None,
             image=thumbnail(example),
         )
 

@@ -40,7 +40,9 @@ class Resources(Evaluation):
                 share = sum(counts.values()) / total if total else None
                 figures |= _one(f"{name}/trainable/{role}", share, "share")
             figures |= _one(f"{name}/step_seconds", step_seconds(run, name), "seconds")
-        return Findings(figures=figures, headlines=list(figures)[:2])
+        return Findings(
+            figures=figures, headlines=[one for one in figures if one.endswith(("peak_memory", "step_seconds"))]
+        )
 
 
 def _one(name: str, value: float | None, unit: Unit) -> dict[str, Figure]:

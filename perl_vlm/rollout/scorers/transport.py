@@ -37,6 +37,8 @@ class Peer(NamedTuple):
     """The environment variable whose value it gets as a bearer token."""
     asks: str
     """What to ask oneself where it answers with anything but JSON."""
+    then: str = "continue with --resume"
+    """What to do once it answers again."""
 
 
 REWARD = Peer("the reward server", TOKEN, "is this the path of its reward endpoint?")
@@ -87,7 +89,7 @@ def ask(
             if attempt == retries:
                 raise PerlVlmError(
                     f"{peer.name} {shown(url)} failed {retries + 1} times, the last time with: {error}. Nothing was "
-                    "put in its answer's place; see the server's log, and continue with --resume"
+                    f"put in its answer's place; see the server's log, and {peer.then}"
                 ) from error
         time.sleep(min(backoff * 2**attempt, MAX_WAIT))
     raise AssertionError("unreachable")
