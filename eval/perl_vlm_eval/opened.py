@@ -46,6 +46,8 @@ class OpenRun:
         changes = dict(changes)
         if "sft" in found.stages:  # it stands under every role
             changes |= {"sft.enabled": "false", "sft.adapter": str(found.stages["sft"].path)}
+        if "ppo" in found.stages:  # judges are told by it what the policy was trained to please
+            changes["eval.policy"] = str(found.stages["ppo"].path)
         self.task, self.config = settings_of(own, found.task, changes)
 
     @cached_property

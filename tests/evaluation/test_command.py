@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from perl_vlm.cli import main
+from perl_vlm.rollout.scorers import transport
+from perl_vlm_eval import opened
 from perl_vlm_eval.evaluations.policies import Policies
 from perl_vlm_eval.evaluations.reward_models import RewardModels
 from perl_vlm_eval.results import Findings
@@ -101,13 +103,13 @@ def test_what_changes_is_measured_anew_and_what_fails_is_a_hole(
     measured: list[str] = []
     full = Policies.measure
 
-    def failing(self: RewardModels, opened: object) -> Findings:
+    def failing(self: RewardModels, run: object) -> Findings:
         measured.append("reward_model")
         raise ZeroDivisionError("nothing to divide")
 
-    def counting(self: Policies, opened: Any) -> Findings:
+    def counting(self: Policies, run: Any) -> Findings:
         measured.append("policy")
-        return full(self, opened)
+        return full(self, run)
 
     monkeypatch.setattr(RewardModels, "measure", failing)
     monkeypatch.setattr(Policies, "measure", counting)
@@ -130,6 +132,47 @@ def test_what_changes_is_measured_anew_and_what_fails_is_a_hole(
     weights.write_text(weights.read_text() + "\n")
     assert main(given) == 1
     assert measured[5:] == ["reward_model", "policy"], "other weights"
+
+
+def test_a_judge_that_is_down_costs_nothing_else(
+    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, out = tmp_path / "judged.yaml", tmp_path / "results"
+    judges = f"['openai:http://127.0.0.1:9/v1#gone', '{whole_run / 'rm'}', verify, nowhere/rm]"
+    suite.write_text(f"evaluations:\n- kind: policy\n  limit: 12\n  kl_prompts: 0\n  judges: {judges}\n")
+    monkeypatch.setattr(transport.time, "sleep", lambda seconds: None)
+    given = ["eval", "--suite", str(suite), "--runs", str(whole_run), "--out", str(out)]
+    assert main(given) == 1
+    found = cell(out, "policy")
+    assert found["status"] == "failed"
+    assert [one.partition(":")[0] for one in found["missing"]] == ["openai", "nowhere/rm"]
+    assert "give the same command again" in found["why"]
+    assert {"accuracy", "gain/accuracy", "reward", "win_rate/verify"} <= found["figures"].keys()
+    assert any(name.endswith("rm") for name in found["figures"]), "the other reward model's word is there"
+    assert "gain/accuracy" in capsys.readouterr().out
+    assert any("its word is no evidence" in warning for warning in found["warnings"])
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(opened, "greedy_answers", refuse)
+    assert main(given) == 1
+    again = cell(out, "policy")
+    assert again["figures"]["accuracy"] == found["figures"]["accuracy"]
+
+
+def test_another_task_s_examples_may_be_asked(whole_run: Path, tmp_path: Path) -> None:
+    suite, out = tmp_path / "other.yaml", tmp_path / "results"
+    settings = "{kinds: [color], test_size: 64}"
+    suite.write_text(
+        f"evaluations:\n- kind: policy\n  name: colors\n  task: vqa\n  task_settings: {settings}\n  limit: 12\n"
+        "  kl_prompts: 4\n- kind: policy\n  name: odd\n  task: vqa\n  task_settings: {kindz: [color]}\n"
+    )
+    assert main(["eval", "--suite", str(suite), "--runs", str(whole_run), "--out", str(out)]) == 1
+    figures = cell(out, "colors")["figures"]
+    assert "accuracy/color" in figures
+    assert "reward" not in figures, "its reward model was not trained on these"
+    assert "no setting kindz. Nearest: kinds" in cell(out, "odd")["why"]
 
 
 def test_two_results_side_by_side(

@@ -93,6 +93,8 @@ def test_other_settings_are_another_cell(tmp_path: Path) -> None:
     again.make([cell("a", lr="2")])
     assert len(again.runs) == 1
     assert Bench(tmp_path).make([cell("a")])["a"].metrics == {"x": 1}, "both are kept"
+    with pytest.raises(PerlVlmError, match="nobody is needed and is no cell"):
+        Bench(tmp_path).make([cell("c", "nobody")])
     with pytest.raises(PerlVlmError, match="same name"):
         Bench(tmp_path).make([cell("a"), cell("a", lr="2")])
 

@@ -26,14 +26,21 @@ class Known:  # in place of a Workshop
     def make(self, cells: Any) -> dict[str, Outcome]:
         return {cell.name: self.outcome(cell) for cell in cells}
 
+    def settings(self, cell: Any) -> tuple[str, float, int]:
+        """Arm, learning rate and seed; an evaluation's are those of its policy's folder."""
+        name = cell.name
+        if cell.name.startswith("eval-"):
+            name = Path(cell.arguments[cell.arguments.index("--eval.policy") + 1]).name
+        return name.split("-")[2], float(name.split("-")[3][2:]), int(name.split("-")[4][1:])
+
     def outcome(self, cell: Any) -> Outcome:
         folder = self.out / cell.name
         self.names.append(cell.name)
+        assert not cell.needs, "every cell that is asked for can be made at once"
         if self.missing in cell.name:
             return Outcome(folder, "it failed")
         verb = cell.name.split("-")[0]
-        trained = cell.name.removeprefix("eval-")
-        arm, lr, seed = trained.split("-")[2], float(trained.split("-")[3][2:]), int(trained.split("-")[4][1:])
+        arm, lr, seed = self.settings(cell)
         value = FIGURES[arm] - 0.1 * (lr != 2) + 0.01 * seed
         folder.mkdir(parents=True, exist_ok=True)
         lines = [

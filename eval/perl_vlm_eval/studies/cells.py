@@ -111,17 +111,21 @@ class Workshop:
 
         Raises:
             Stopped: the study was asked to stop.
-            PerlVlmError: two cells have one name.
+            PerlVlmError: two cells have one name, or one needs what is no cell.
         """
         waiting = {cell.name: cell for cell in cells if cell.name not in self.outcomes}
         if len({cell.name for cell in cells}) < len(cells):
             raise PerlVlmError("two cells of the study have the same name; this is a fault of the study")
+        known = {*self.outcomes, *(cell.name for cell in cells)}
+        unknown = [one for cell in cells for one in cell.needs if one not in known]
+        if unknown:
+            raise PerlVlmError(f"{unknown[0]} is needed and is no cell of the study; this is a fault of the study")
         running: dict[Future[Outcome], str] = {}
         with ThreadPoolExecutor(self._at_once) as pool:
             while waiting or running:
                 for name, cell in list(waiting.items()):
-                    missing = [one for one in cell.needs if not self.outcomes.get(one, _UNKNOWN).done]
-                    if any(one in waiting or one in running.values() for one in missing):
+                    missing = [one for one in cell.needs if one not in self.outcomes or not self.outcomes[one].done]
+                    if any(one not in self.outcomes for one in missing):
                         continue
                     del waiting[name]
                     if missing:
@@ -205,9 +209,6 @@ def bare_bytes() -> int:
     code = "import perl_vlm.train.pipeline as p, torch; print(p.peak_memory_bytes(torch.device('cpu')) or 0)"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
     return int(done.stdout.split()[-1])
-
-
-_UNKNOWN = Outcome(Path(), "it is no cell of this study")
 
 
 def _last_line(log: Path) -> str:

@@ -136,10 +136,11 @@ def _judged(
 ) -> Generator[Sequence[StudyCell], Mapping[str, Outcome], list[Outcome]]:
     cells = [
         cell(
-            settings, f"eval-{run.folder.name}", "eval", model,
-            {"eval.policy": run.folder, "seed": seed, **({"tuning": "full"} if arm == FULL else {})}, run.folder.name,
+            settings, f"eval-{_plain(model)}-{arm}-s{seed}", "eval", model,
+            {"eval.policy": run.folder, "seed": seed, **({"tuning": "full"} if arm == FULL else {})},
         )
         for seed, run in enumerate(trained.runs)
+        if run.done
     ]  # fmt: skip
     done = yield cells
     return [done[each.name] for each in cells]
