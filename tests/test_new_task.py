@@ -92,7 +92,7 @@ def test_every_name_gives_python_whose_class_hides_nothing(tmp_path: Path, name:
         ("class", "a word of Python"),
         ("doctor", "a command of perl-vlm"),
         ("vqa", "a task 'vqa' already, of perl-vlm"),
-        ("eval", "a package perl_vlm_eval already"),
+        ("eval", "a command of perl-vlm"),
     ],
 )
 def test_a_name_that_no_task_can_have_is_refused(
@@ -102,6 +102,18 @@ def test_a_name_that_no_task_can_have_is_refused(
     assert main(["new-task", name]) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_that_is_no_task_is_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "path" / "perl_vlm_maps").mkdir(parents=True)
+    (tmp_path / "path" / "perl_vlm_maps" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    monkeypatch.chdir(tmp_path)
+    assert main(["new-task", "maps"]) == 2
+    assert "a package perl_vlm_maps already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["path"]
 
 
 def test_folders_in_the_way_stay_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

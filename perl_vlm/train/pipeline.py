@@ -16,6 +16,7 @@ from perl_vlm.config import RunConfig
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.roles import HeadKind, base_fingerprint
 from perl_vlm.task import Task
+from perl_vlm.train.energy import EnergyMeter
 from perl_vlm.train.evaluate import Evaluation, announce, evaluate
 from perl_vlm.train.log import say
 from perl_vlm.train.parallel import Parallel
@@ -64,6 +65,7 @@ def trained_by(name: str, config: RunConfig) -> dict[str, str]:
 class Outcome:
     """What the stages of a run have given so far."""
 
+    meter: EnergyMeter = dataclasses.field(default_factory=EnergyMeter)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     ci95: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     trainable: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
@@ -176,6 +178,7 @@ def summarise(stage: Stage, began: float, outcome: Outcome) -> dict[str, Any]:
         "seed": stage.config.seed,
         "seconds": round(time.monotonic() - began, 1),
         "peak_memory_bytes": peak_memory_bytes(backbone.device),
+        "energy_joules": outcome.meter.joules(),
         "parameters": {"total": backbone.parameter_count, "trainable": outcome.trainable},
         "metrics": outcome.metrics,
         "ci95": outcome.ci95,

@@ -95,6 +95,14 @@ def test_trials_are_compared_on_validation_data(tmp_path: Path) -> None:
     assert list(next(pe_rlhf.plan(own))[0].arguments).count("--rm.eval_every") == 1
 
 
+def test_a_reward_that_knows_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "a")).verdicts) == 2
+    monkeypatch.setitem(FIGURES, "r4", 0.48)
+    found = drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "b")).verdicts
+    assert "are not shown to be above chance" in found[2]
+    assert found[3] == "tiny: policies are below their anchor in 4."
+
+
 def test_holes_are_holes(tmp_path: Path) -> None:
     found = drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "a", missing="ppo-tiny-full"))
     rows = {row[0]: row[1] for row in found.tables[0].rows}

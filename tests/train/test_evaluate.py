@@ -454,7 +454,7 @@ def test_a_saved_run_judges_beside_the_policys_own_reward_model(
     logits = logits_of(saved, "reward-1", given, found.policy if base == "same" else whole(saved, found.policy))
     assert found.metrics["policy/judge"] == pytest.approx(((logits - 0.25) / 1.5).mean().item(), abs=1e-4)
     assert found.metrics["policy/judge_positive"] == pytest.approx((logits > 0).float().mean().item())
-    assert ("reward-judge-0-0" in stage.roles) == (base == "same")
+    assert ("reward-judge-0" in stage.roles) == (base == "same")
     same = replace(stage.config, eval=replace(stage.config.eval, judge=str(tmp_path / "one")))
     if base == "other":  # on this base its adapter's name is taken by the first judge
         assert "which the policy was trained on" in Judge(replace(stage, config=same)).title

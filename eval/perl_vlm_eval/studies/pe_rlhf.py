@@ -22,6 +22,8 @@ from perl_vlm_eval.studies.cells import Outcome, StudyCell, bare_bytes
 from perl_vlm_eval.studies.published_figures import MAIN, MAIN_COLUMNS, POLICY_RANKS, REWARD_RANKS
 
 FULL = "full"
+CHANCE = 0.5
+"""Of telling which response of a pair is better."""
 _ACCURACIES = ("reward_model/pair_accuracy", "reward_model/label_accuracy")
 
 
@@ -173,7 +175,9 @@ def _findings(
         _by_rank("Table 2: reward models, accuracy by rank", settings, reward_table, REWARD_RANKS, {}),
         _by_rank("Table 3: policies, the task's metric by rank", settings, policy_table, POLICY_RANKS, anchors),
     ]
-    return StudyFindings(tables, (), _verdicts(settings, reward_table, policy_table), figures)
+    verdicts = _verdicts(settings, reward_table, policy_table)
+    verdicts += _cautions(settings, rewards, reward_table, policy_table, anchors)
+    return StudyFindings(tables, (), verdicts, figures)
 
 
 def _main(
@@ -250,6 +254,32 @@ def _verdicts(
                 f"{model}, {what}: LoRA {spread(lora)} against {spread(full)} of full tuning over {lora.seeds} seeds: "
                 f"{words}."
             )
+    return said
+
+
+def _cautions(
+    settings: PeRlhfSettings,
+    rewards: Mapping[tuple[str, str], _Arm],
+    reward_table: Mapping[tuple[str, str], Seeds | None],
+    policy_table: Mapping[tuple[str, str], Seeds | None],
+    anchors: Mapping[str, Sequence[float]],
+) -> list[str]:
+    """What makes a comparison of arms say little: a reward that knows nothing, policies that it made worse."""
+    said = []
+    for model in settings.models:
+        reward = reward_table[model, settings.middle]
+        pairs = any(_ACCURACIES[0] in run.metrics for run in rewards[model, settings.middle].runs)
+        if pairs and reward is not None and (reward.low is None or reward.low <= CHANCE):
+            said.append(
+                f"{model}: the reward models of rank {settings.middle} ({spread(reward)}) are not shown to be above "
+                "chance, so what policies reach says little of how they are tuned; train reward models longer."
+            )
+        known = {arm: policy_table[model, arm] for arm in settings.arms}
+        worse = [
+            arm for arm, own in known.items() if own is not None and anchors[model] and own.mean < anchors[model][0]
+        ]
+        if worse:
+            said.append(f"{model}: policies are below their anchor in {', '.join(worse)}.")
     return said
 
 
