@@ -52,7 +52,7 @@ def measure(run: str, limit: int) -> dict[str, Any]:
         found["own_seconds"] = time.monotonic() - began
         began = time.monotonic()
         cells = [Cell("policy", "policy", "run", "key", "done", "", 0.0, findings)]
-        write_page(out / "report.html", "run", cells, differences_of(cells), {}, {})
+        write_page(out / "report.html", "run", cells, differences_of(cells), [], {}, {})
         found["report_seconds"] = time.monotonic() - began
     return found
 

@@ -57,13 +57,20 @@ def evaluate(argv: Sequence[str]) -> int:
     suite = read_suite(given.suite, _present({"limit": given.limit, "split": given.split}))
     out = Path(given.out or f"results/{suite.name}")
     _check_out(out)
-    changes = _present({"device": given.device, "dtype": given.dtype, "eval.batch_size": given.batch_size})
+    changes = _present(
+        {"device": given.device, "dtype": given.dtype, "eval.batch_size": given.batch_size, "seed": given.seed}
+    )
     from perl_vlm.train.signals import StopOnSignal, Stopped
-    from perl_vlm_eval.runner import run_cells
+    from perl_vlm_eval.logs import copy_samples
+    from perl_vlm_eval.runner import predict, run_cells
 
     began = time.monotonic()
     with StopOnSignal() as stop:
         try:
+            if given.predict_only:
+                for path in predict(suite, runs, out, changes=changes, say=_say, stop=stop):
+                    _say(f"answers: {path}")
+                return 0
             cells = run_cells(suite, runs, out, changes=changes, say=_say, stop=stop)
         except Stopped as stopped:
             raise Stopped(
@@ -77,6 +84,8 @@ def evaluate(argv: Sequence[str]) -> int:
         "Duration": f"{time.monotonic() - began:.0f} s",
     }
     _finish(out, f"perl-vlm eval: {suite.name}", cells, facts)
+    for path in copy_samples(out, cells) if given.log_samples else ():
+        _say(f"samples: {path}")
     return int(any(cell.status == "failed" for cell in cells))
 
 
@@ -143,19 +152,25 @@ def _finish(out: Path | None, title: str, cells: Sequence[Cell], facts: dict[str
 
     from perl_vlm_eval.comparing import differences_of
     from perl_vlm_eval.report import print_tables, write_page
+    from perl_vlm_eval.seeds import over_seeds
 
-    tests = differences_of(cells)
+    tests, seeds = differences_of(cells), over_seeds(cells)
     made = {"perl_vlm": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     if out is not None:
-        _write(out, title, cells, tests, facts, made)
-        write_page(out / "report.html", title, cells, tests, facts, made)
-    print_tables(cells, tests, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
+        _write(out, title, cells, {"tests": tests, "seeds": seeds}, facts, made)
+        write_page(out / "report.html", title, cells, tests, seeds, facts, made)
+    print_tables(cells, tests, seeds, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
     if out is not None:
         _say(f"results: {out / 'results.json'}, report: {out / 'report.html'}")
 
 
 def _write(
-    out: Path, title: str, cells: Sequence[Cell], tests: Sequence[Any], facts: dict[str, str], made: dict[str, str]
+    out: Path,
+    title: str,
+    cells: Sequence[Cell],
+    over_all: Mapping[str, Any],
+    facts: dict[str, str],
+    made: dict[str, str],
 ) -> None:
     from perl_vlm.report.files import write_atomically
     from perl_vlm_eval.results import SCHEMA, to_json
@@ -172,7 +187,7 @@ def _write(
         if cell.status == "done" and not kept.is_file():
             write_atomically(kept, json.dumps(to_json(cell), allow_nan=False) + "\n")
     content = {
-        "schema": SCHEMA, "title": title, "made_with": made, "facts": facts, "cells": shown, "tests": to_json(tests),
+        "schema": SCHEMA, "title": title, "made_with": made, "facts": facts, "cells": shown, **to_json(over_all),
     }  # fmt: skip
     write_atomically(out / "results.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
 
@@ -184,6 +199,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", "--output_path", metavar="FOLDER", help="where results go (results/SUITE)")
     parser.add_argument("--limit", type=_positive, metavar="N", help="at most N items in every evaluation")
     parser.add_argument("--split", choices=("train", "validation", "test"), help="of every evaluation (test)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of sampled answers, in place of the seeds that the runs were trained with",
+    )
+    parser.add_argument("--log_samples", action="store_true", help="write what every item said to OUT/samples")
+    parser.add_argument(
+        "--predict_only", action="store_true", help="answer what is asked of policies, write it to OUT/samples, and end"
+    )
     parser.add_argument("--batch_size", type=_positive, metavar="N", help="prompts decoded at once")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:1, in place of the runs' own")
     parser.add_argument(

@@ -16,6 +16,7 @@ from rich.text import Text
 from perl_vlm.report.html import Curve, Distribution, GalleryItem, Report, Table, write_report
 from perl_vlm_eval.comparing import Test, apart, sentences
 from perl_vlm_eval.results import Cell, Chart, Sample, shown, written
+from perl_vlm_eval.seeds import OverSeeds
 
 GALLERY = 48
 """Samples in a report, over all its cells: pictures make a page heavy."""
@@ -27,7 +28,13 @@ POINTS = 2_000
 
 
 def write_page(
-    path: Path, title: str, cells: Sequence[Cell], tests: Sequence[Test], facts: dict[str, str], settings: Any
+    path: Path,
+    title: str,
+    cells: Sequence[Cell],
+    tests: Sequence[Test],
+    seeds: Sequence[OverSeeds],
+    facts: dict[str, str],
+    settings: Any,
 ) -> None:
     """Write ``report.html``: figures by evaluation, differences, curves, samples, and what could not be measured."""
     done = [cell for cell in cells if cell.findings.figures]
@@ -37,7 +44,7 @@ def write_page(
             title=title,
             subtitle="95 % intervals; differences are paired, their p-values corrected by Holm for their number.",
             headline=_headline(done, tests),
-            tables=[*_figures(done), *_tests(tests)],
+            tables=[*_figures(done), *_seeds(seeds), *_tests(tests)],
             facts=facts,
             curves=[_curve(cell, chart) for cell in done for chart in cell.findings.charts if chart.x],
             gallery=_gallery(done),
@@ -48,14 +55,16 @@ def write_page(
     )
 
 
-def print_tables(cells: Sequence[Cell], tests: Sequence[Test], console: Console) -> None:
-    """The main figures and every difference of the main family."""
+def print_tables(cells: Sequence[Cell], tests: Sequence[Test], seeds: Sequence[OverSeeds], console: Console) -> None:
+    """The main figures, their spread over seeds, and every difference of the main family."""
     done = [cell for cell in cells if cell.findings.figures]
     for name in dict.fromkeys(cell.evaluation for cell in done):
         own = [cell for cell in done if cell.evaluation == name]
         figures = list(dict.fromkeys(figure for cell in own for figure in cell.findings.headlines))
         rows = [(figure, *(_shown(cell, figure) for cell in own)) for figure in figures]
         print_table(console, name, ("figure", *(cell.run for cell in own)), rows)
+    for table in _seeds(seeds):
+        print_table(console, table.title, table.header, table.rows)
     main = [test for test in tests if test.family == "main"]
     if main:
         rows = [(test.what, f"{test.b} - {test.a}", *_difference(test)) for test in main]
@@ -120,6 +129,24 @@ def _ends(figure: Any) -> str:
 def _items(cells: Sequence[Cell], name: str) -> str:
     counts = {cell.findings.figures[name].estimate.items for cell in cells if name in cell.findings.figures}
     return " / ".join(f"{count:,}" for count in sorted(counts))
+
+
+def _seeds(seeds: Sequence[OverSeeds]) -> list[Table]:
+    if not seeds:
+        return []
+    rows = []
+    for one in seeds:
+        found = one.found
+        ends = [written(end, one.unit, bare=True) for end in (found.low, found.high)]
+        spread = written(found.spread, one.unit, bare=True)
+        reach = " to ".join(written(end, one.unit, bare=True) for end in (found.least, found.most))
+        middle = f"{written(found.mean, one.unit)} ± {spread}"
+        rows.append((one.what, ", ".join(one.runs), middle, f"[{', '.join(ends)}]", reach))
+    note = (
+        "Runs that differ in nothing but their seeds: mean and standard deviation, Student's interval of the mean over "
+        "seeds, and the least and the most."
+    )
+    return [Table("Over seeds", ("figure", "runs", "mean", "95 %", "from"), rows, note)]
 
 
 def _tests(tests: Sequence[Test]) -> list[Table]:

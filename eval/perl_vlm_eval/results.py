@@ -93,6 +93,9 @@ class Findings:
     missing: Sequence[str] = ()
     """What could not be measured though it was asked for, each with its cause: the cell counts as failed and is tried
     again, and what it has is shown."""
+    said: Sequence[Mapping[str, Any]] = ()
+    """What was asked and answered, an entry for each item: ``--log_samples`` writes it. It stands beside the cell's
+    file, not in it."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,10 @@ class Cell:
     """Of a cell that is not done."""
     seconds: float = 0.0
     findings: Findings = field(default_factory=Findings)
+    kin: str = ""
+    """What runs share that differ in their seeds alone."""
+    seed: int | None = None
+    """Of the run."""
 
 
 def to_json(value: Any) -> Any:

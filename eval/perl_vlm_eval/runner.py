@@ -19,10 +19,12 @@ from typing import Any
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.report.files import write_atomically
 from perl_vlm.train.signals import StopOnSignal, Stopped
+from perl_vlm_eval.evaluations.policies import Policies
 from perl_vlm_eval.identity import data_hash, settings_hash
+from perl_vlm_eval.logs import lines_of, plain, sample_file, write_lines
 from perl_vlm_eval.opened import OpenRun
 from perl_vlm_eval.results import SCHEMA, Cell, cell_from_json, read_json, to_json
-from perl_vlm_eval.runs import FoundRun
+from perl_vlm_eval.runs import FoundRun, kin
 from perl_vlm_eval.suite import Line, Suite
 
 
@@ -50,14 +52,15 @@ def run_cells(
     cells: list[Cell] = []
     for run in runs:
         opened: OpenRun | None = None
+        own: dict[str, Any] = {"kin": kin(run), "seed": run.summary.get("seed")}
         for line in suite.lines:
             why = line.evaluation.applies(run)
             if why:
                 cells.append(Cell(line.name, line.evaluation.kind, run.label, "", "skipped", why))
                 continue
             try:
-                opened = opened or OpenRun(run, changes, out / "scratch" / _plain(run.label), stop)
-                cells.append(_cell(line, run, opened, out, say))
+                opened = opened or _opened(run, changes, out, stop)
+                cells.append(replace(_cell(line, run, opened, out, say), **own))
             except Stopped:
                 raise
             except Exception as error:  # a task's or a judge's own code may raise anything
@@ -67,6 +70,53 @@ def run_cells(
         reasons = "; ".join(dict.fromkeys(cell.why for cell in cells))
         raise PerlVlmError(f"no evaluation of the suite {suite.name} can measure any of these runs: {reasons}")
     return cells
+
+
+def predict(
+    suite: Suite,
+    runs: Sequence[FoundRun],
+    out: Path,
+    *,
+    changes: Mapping[str, Any],
+    say: Callable[[str], None],
+    stop: StopOnSignal,
+) -> list[Path]:
+    """Answer what the suite's evaluations of policies ask, and measure nothing; arguments as of ``run_cells``.
+
+    Returns:
+        A file of JSON lines for each, under ``OUT/samples``. The answers are kept as when measuring, which takes them
+        over.
+
+    Raises:
+        PerlVlmError: no evaluation of the suite asks any of these runs for answers, or a run cannot be loaded.
+    """
+    (out / "cells").mkdir(parents=True, exist_ok=True)  # so that measuring may take the answers over
+    written = []
+    for run in runs:
+        lines = [
+            (line.name, line.evaluation)
+            for line in suite.lines
+            if isinstance(line.evaluation, Policies) and not line.evaluation.applies(run)
+        ]
+        opened = _opened(run, changes, out, stop) if lines else None
+        for name, evaluation in lines:
+            assert opened is not None  # there are lines
+            say(f"{run.label}: {name} ...")
+            path = sample_file(out, run.label, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_lines(path, evaluation.predict(opened))
+            written.append(path)
+        del opened
+    if not written:
+        raise PerlVlmError(
+            f"no evaluation of the suite {suite.name} asks any of these runs for answers: that takes `kind: policy` "
+            "and a run of ppo or sft"
+        )
+    return written
+
+
+def _opened(run: FoundRun, changes: Mapping[str, Any], out: Path, stop: StopOnSignal) -> OpenRun:
+    return OpenRun(run, changes, out / "scratch" / plain(run.label), stop)
 
 
 def _cell(line: Line, run: FoundRun, opened: OpenRun, out: Path, say: Callable[[str], None]) -> Cell:
@@ -84,6 +134,9 @@ def _cell(line: Line, run: FoundRun, opened: OpenRun, out: Path, say: Callable[[
     findings = line.evaluation.measure(opened)
     findings = replace(findings, warnings=[*findings.warnings, *opened.new_notes()])
     took = round(time.monotonic() - began, 2)
+    if findings.items.ids:
+        write_lines(kept.with_suffix(".jsonl"), lines_of(findings))
+    findings = replace(findings, said=())
     if findings.missing:
         why = "; ".join(findings.missing)
         say(f"{run.label}: {line.name}: not all could be measured: {why}")
@@ -105,13 +158,8 @@ def _key(line: Line, opened: OpenRun) -> str:
 def _failed(line: Line, run: FoundRun, error: Exception, out: Path, say: Callable[[str], None]) -> Cell:
     why = str(error)
     if not isinstance(error, PerlVlmError):
-        log = out / "cells" / f"{_plain(run.label)}-{line.name}.log"
+        log = out / "cells" / f"{plain(run.label)}-{line.name}.log"
         write_atomically(log, "".join(traceback.format_exception(error)))
         why = f"{type(error).__name__}: {error} (more in {log})"
     say(f"{run.label}: {line.name} failed: {why}")
     return Cell(line.name, line.evaluation.kind, run.label, "", "failed", why)
-
-
-def _plain(label: str) -> str:
-    """A run's name as that of a file."""
-    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in label)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from perl_vlm.train.log import read_log
 from perl_vlm.train.rundir import RunDir
 
 STAGES = ("sft", "rm", "ppo")
+_OF_NO_MATTER = ("seed", "device", "checkpointing", "report_to", "eval", "steps", "batch_size", "lr")
+"""Settings that change nothing of what is learned. The last three stand in the stages' own."""
 _WEIGHTS = (".safetensors", ".json", ".bin")
 
 
@@ -89,6 +92,38 @@ def files_hash(folder: Path) -> str:
         digest.update(path.relative_to(folder).as_posix().encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def kin(run: FoundRun) -> str:
+    """A hash of all that a run learned with but the seed, its own and those of the runs that it builds on: runs of one
+    kin are the same thing tried again."""
+    return hashlib.sha256(
+        json.dumps(_learned_with(run.path, run.stages), sort_keys=True, default=str).encode()
+    ).hexdigest()
+
+
+def _learned_with(path: Path, stages: Iterable[str]) -> dict[str, Any]:
+    config = RunDir(path).read_config()
+    kept = {key: value for key, value in config.items() if key not in (*_OF_NO_MATTER, *STAGES) or key in stages}
+    return {key: _without_seeds(value) for key, value in kept.items()}
+
+
+def _without_seeds(value: Any) -> Any:
+    """Settings whose folders of other runs stand for what those learned with."""
+    if isinstance(value, Mapping):
+        return {key: _without_seeds(own) for key, own in value.items()}
+    if isinstance(value, str) and (found := _run_around(Path(value).expanduser())) is not None:
+        summary = found.read_summary() or {}
+        stage = summary.get("stage")
+        return _learned_with(found.path, STAGES if stage == "run" else [str(stage)])
+    return value
+
+
+def _run_around(path: Path) -> RunDir | None:
+    """The run whose folder it is, or which has the folder (``runs/x/rm``, ``runs/x/rm/adapter``)."""
+    if not path.is_dir():
+        return None
+    return next((run for run in map(RunDir, (path, *path.resolve().parents[:2])) if run.summary.is_file()), None)
 
 
 def step_seconds(run: RunDir, stage: str) -> float | None:

@@ -175,6 +175,63 @@ def test_another_task_s_examples_may_be_asked(whole_run: Path, tmp_path: Path) -
     assert "no setting kindz. Nearest: kinds" in cell(out, "odd")["why"]
 
 
+def test_what_was_said_is_logged_and_answers_alone_can_be_had(
+    whole_run: Path, suite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results"
+    given = ["eval", "--suite", suite, "--runs", str(whole_run), "--out", str(out)]
+    assert main([*given, "--predict_only"]) == 0
+    assert not (out / "results.json").exists()
+    answered = [json.loads(line) for line in (out / "samples" / "vqa-first-policy.jsonl").read_text().splitlines()]
+    assert len(answered) == 24
+    assert answered[0]["images"] == 1
+    assert answered[0]["policy"].keys() == {"response", "accuracy"}
+    assert "samples/vqa-first-policy.jsonl" in capsys.readouterr().out
+
+    monkeypatch.setattr(opened, "greedy_answers", lambda *given: pytest.fail("decoded again"))
+    assert main([*given, "--log_samples"]) == 0
+    logged = [json.loads(line) for line in (out / "samples" / "vqa-first-policy.jsonl").read_text().splitlines()]
+    assert [{key: line[key] for key in answered[0]} for line in logged] == answered
+    accuracy = cell(out, "policy")["figures"]["accuracy"]["estimate"]["value"]
+    assert sum(line["figures"]["accuracy"] for line in logged) / 24 == pytest.approx(accuracy)
+    rewards = [json.loads(line) for line in (out / "samples" / "vqa-first-reward_model.jsonl").read_text().splitlines()]
+    right = [line["chosen"]["score"] > line["rejected"]["score"] for line in rewards]
+    assert sum(right) / 40 == pytest.approx(cell(out, "reward_model")["figures"]["pair_accuracy"]["estimate"]["value"])
+    kl = cell(out, "policy")["figures"]["kl"]["estimate"]["value"]
+
+    (out / "samples" / "vqa-first-policy.jsonl").unlink()
+    assert main([*given, "--log_samples"]) == 0, "of what was measured before, too"
+    assert (out / "samples" / "vqa-first-policy.jsonl").is_file()
+    monkeypatch.undo()
+    assert main([*given, "--seed", "7"]) == 0
+    again = cell(out, "policy")["figures"]
+    assert again["kl"]["estimate"]["value"] != kl, "another draw of sampled answers"
+    assert again["accuracy"]["estimate"]["value"] == accuracy, "greedy answers are what they are"
+
+
+def test_nothing_to_predict_is_said(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--runs", str(whole_run / "rm"), "--out", str(tmp_path / "results")]
+    assert main(["eval", *given, "--predict_only"]) == 1
+    assert "asks any of these runs for answers" in capsys.readouterr().err
+
+
+def test_seeds_of_one_run_are_summarised(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy, suite, out = tmp_path / "runs" / "second", tmp_path / "few.yaml", tmp_path / "results"
+    suite.write_text("evaluations:\n- kind: policy\n  limit: 12\n  kl_prompts: 0\n")
+    shutil.copytree(whole_run / "ppo", copy)
+    for name, given, other in (("config.yaml", "\nseed: 0", "\nseed: 1"), ("summary.json", '"seed": 0', '"seed": 1')):
+        text = (copy / name).read_text()
+        assert text.count(given) == 1
+        (copy / name).write_text(text.replace(given, other))
+    runs = [str(whole_run / "ppo"), str(copy)]
+    assert main(["eval", "--suite", str(suite), "--runs", *runs, "--out", str(out)]) == 0
+    assert "Over seeds" in capsys.readouterr().out
+    assert "Over seeds" in (out / "report.html").read_text()
+    found = {one["what"]: one for one in results(out)["seeds"]}
+    assert found["policy: accuracy"]["runs"] == ["first/ppo", "runs/second"]
+    assert found["policy: accuracy"]["found"]["seeds"] == 2
+
+
 def test_two_results_side_by_side(
     whole_run: Path, suite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,6 +74,21 @@ def test_a_policy_that_was_paid_in_gold_cannot_hack_it() -> None:
     assert "fall_of_gold" not in found.figures
 
 
+def test_what_silence_and_repetition_are_paid_is_told() -> None:
+    count = 40
+    silent, again = np.arange(count) < 10, np.arange(count) < 20  # what is empty is repeated too
+    proxy = np.where(silent, 3.0, np.where(again, 2.0, 1.0))
+    none = np.zeros(count)
+    first = Point("anchor", none, none, none, none, none + 1, none, none)
+    last = Point("policy", none, proxy, none, none + 1, none + 1, silent * 1.0, again * 1.0)
+    figures = findings([first, last], EXAMPLES[:count], "accuracy", "share").figures
+    paid = {name: figures[f"proxy_of_{name}"].estimate for name in ("empty", "repeated", "others")}
+    assert {name: found.value for name, found in paid.items()} == {"empty": 3.0, "repeated": 2.0, "others": 1.0}
+    assert {name: found.items for name, found in paid.items()} == {"empty": 10, "repeated": 10, "others": 20}
+    assert "anchor/proxy_of_others" in figures
+    assert "anchor/proxy_of_empty" not in figures
+
+
 def test_every_point_has_its_own_figures() -> None:
     figures = way([0.5, 0.6, 0.9], [0, 1, 2]).figures
     assert figures["way/round 1/kl"].estimate.value == 1.0

@@ -28,6 +28,7 @@ from perl_vlm_eval import statistics
 from perl_vlm_eval.evaluations.base import Evaluation
 from perl_vlm_eval.identity import Record, examples_of, group_names, item_keys
 from perl_vlm_eval.judges import NONSENSE, Endpoint, dialogue, instructions, is_endpoint, last_line, template
+from perl_vlm_eval.logs import asked
 from perl_vlm_eval.metrics.texts import overlap, words
 from perl_vlm_eval.opened import OpenRun
 from perl_vlm_eval.results import Figure, Findings, Items, Sample
@@ -158,7 +159,16 @@ def findings(
     ]  # fmt: skip
     heads = [name for name in ("gain/precision", "precision", "answers_with_claims") if name in figures]
     items = Items([one.id for one in examples], item_keys(examples), groups, {"precision": precision[last].tolist()})
-    return Findings(figures, heads, items, samples=samples, warnings=[note] if note else [])
+    said = [
+        {
+            **asked(example), "reference": example.reference,
+            **{
+                label: {"response": own[place], "supported": checked[label][place]} for label, own in answers.items()
+            },
+        }
+        for place, example in enumerate(examples)
+    ]  # fmt: skip
+    return Findings(figures, heads, items, samples=samples, warnings=[note] if note else [], said=said)
 
 
 class Library:

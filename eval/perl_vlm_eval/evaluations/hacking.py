@@ -174,11 +174,25 @@ def _figures(first: Point, last: Point, groups: Sequence[str], unit: Unit) -> di
     for label, point in (("anchor/", first), ("", last)):
         figures[f"{label}empty"] = Figure(statistics.share(point.empty, groups), "share")
         figures[f"{label}repeated"] = Figure(statistics.share(point.repeated, groups), "share")
+        figures |= {f"{label}{name}": figure for name, figure in _paid(point, groups).items()}
         liking = statistics.statistic(partial(_liking, point), len(groups), groups)
         figures[f"{label}proxy_length_correlation"] = Figure(liking)
         if point.doubt.any():
             figures[f"{label}disagreement"] = Figure(statistics.mean(point.doubt, groups))
     return figures
+
+
+def _paid(point: Point, groups: Sequence[str]) -> dict[str, Figure]:
+    """What the reward gives for saying nothing, for saying what another prompt got too, and for all else."""
+    silent, again = point.empty > 0, point.repeated > 0
+    parts = {"empty": silent, "repeated": again & ~silent, "others": ~again & ~silent}
+    return {
+        f"proxy_of_{name}": Figure(
+            statistics.mean(point.proxy[rows], [groups[int(place)] for place in np.flatnonzero(rows)])
+        )
+        for name, rows in parts.items()
+        if rows.any()
+    }
 
 
 def _way(points: Sequence[Point], groups: Sequence[str], unit: Unit) -> dict[str, Figure]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from perl_vlm import registry
 from perl_vlm.cli_parse import typed_values
@@ -18,10 +18,10 @@ from perl_vlm.rollout.scorers.spec import parse_reward
 from perl_vlm.task import Task
 from perl_vlm.train.compare import JUDGE, Answer
 from perl_vlm.train.judge import Judge, totals
-from perl_vlm.train.stage import spaced
+from perl_vlm.train.stage import Stage, spaced
 from perl_vlm.types import Example
 from perl_vlm_eval.evaluations.base import Evaluation
-from perl_vlm_eval.evaluations.policy_figures import OWN_REWARD, Measured, Scorer
+from perl_vlm_eval.evaluations.policy_figures import OWN_REWARD, Measured, Scorer, said_of
 from perl_vlm_eval.identity import Record, examples_of, reward_identity
 from perl_vlm_eval.judges import EndpointJudge, check_endpoint, instructions, is_endpoint
 from perl_vlm_eval.opened import OpenRun
@@ -96,11 +96,9 @@ class Policies(Evaluation):
 
     def measure(self, opened: OpenRun) -> Findings:
         """Raises PerlVlmError where nothing can be decoded; a judge that fails is named among what is missing."""
-        settings, task = self.settings, self._task(opened)
-        stage = opened.stage if task is opened.task else opened.answering(task)
-        examples = stage.some_examples(settings.split, settings.limit)
-        sides = {"anchor": REFERENCE} | ({} if opened.policy is None else {"policy": opened.policy})
-        answers = {label: opened.answers(stage, role, examples) for label, role in sides.items()}
+        settings = self.settings
+        stage, examples, answers = self._answered(opened)
+        task = stage.task
         measured = Measured(stage, examples, answers)
         scorers: dict[str, Scorer] = {}
         if task is opened.task and task.environment() is None:
@@ -123,12 +121,25 @@ class Policies(Evaluation):
                 if judge.seen:
                     measured.warnings.append(f"the policy was trained to please {name}: its word is no evidence")
         decoded = [example for example in examples if not example.choices]
-        if "policy" in sides and settings.kl_prompts and decoded:
+        if "policy" in answers and settings.kl_prompts and decoded:
             measured.moved(spaced(decoded, settings.kl_prompts))
         if settings.best_of:
             with measured.told(f"best of {settings.best_of}"):
                 measured.best_of(settings.best_of, settings.best_of_prompts, decoded, scorers)
         return measured.findings()
+
+    def predict(self, opened: OpenRun) -> list[dict[str, Any]]:
+        """Questions and answers alone, an entry for each example. Raises PerlVlmError where nothing can be decoded."""
+        _, examples, answers = self._answered(opened)
+        return said_of(examples, answers)
+
+    def _answered(self, opened: OpenRun) -> tuple[Stage, Sequence[Example], dict[str, list[Answer]]]:
+        """What asks, the examples, and the greedy answers of both sides."""
+        task = self._task(opened)
+        stage = opened.stage if task is opened.task else opened.answering(task)
+        examples = stage.some_examples(self.settings.split, self.settings.limit)
+        sides = {"anchor": REFERENCE} | ({} if opened.policy is None else {"policy": opened.policy})
+        return stage, examples, {label: opened.answers(stage, role, examples) for label, role in sides.items()}
 
 
 def _judged(judge: Judge, examples: Sequence[Example], answers: Sequence[Answer]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from perl_vlm_eval import statistics
 from perl_vlm_eval.best_of_n import best_of_n, divergence_of_best
 from perl_vlm_eval.identity import group_names, item_keys, thumbnail
 from perl_vlm_eval.judges import EndpointJudge
+from perl_vlm_eval.logs import asked
 from perl_vlm_eval.metrics.texts import ngrams, repeated
 from perl_vlm_eval.results import Better, Chart, Figure, Findings, Items, Sample, Unit
 
@@ -72,7 +74,7 @@ class Measured:
 
     def scored_by(self, name: str, scorer: Scorer, scale: str) -> None:
         """Scores by a reward, and the win rate by them."""
-        columns = [scorer(self.examples, own) for own in self.answers.values()]
+        columns = _scores(scorer, self.examples, list(self.answers.values()))
         self._both(name, columns, "number", "higher")
         if name == OWN_REWARD:
             self.rewarded = columns
@@ -154,6 +156,7 @@ class Measured:
             samples=self._samples(),
             warnings=self.warnings,
             missing=self.missing,
+            said=said_of(self.examples, self.answers),
         )
 
     def _column(self, key: str, label: str) -> list[float]:
@@ -262,6 +265,17 @@ class Measured:
         )
 
 
+def said_of(examples: Sequence[Example], answers: Mapping[str, Sequence[Answer]]) -> list[dict[str, Any]]:
+    """[n] what was asked, and what each side answered and what the task makes of that."""
+    return [
+        {
+            **asked(example), "reference": example.reference,
+            **{label: {"response": own[place].response, **own[place].judged} for label, own in answers.items()},
+        }
+        for place, example in enumerate(examples)
+    ]  # fmt: skip
+
+
 def _distinct(texts: Sequence[str], n: int) -> Callable[[NDArray[np.int64]], float]:
     """Distinct n-grams of some of the texts, which are cut once."""
     known: dict[tuple[str, ...], int] = {}
@@ -289,7 +303,7 @@ def _drawn(
     stage: Stage, role: str, examples: Sequence[Example], count: int, scorer: Scorer, primary: str
 ) -> tuple[Array, Array]:
     """[P, N] scores and judgements by the task of N samples to each prompt."""
-    scores, worth = [], []
+    draws: list[list[Answer]] = []
     for draw in range(count):
         own: list[Answer] = []
         for block in stage.blocks(len(examples), stage.config.eval.batch_size):
@@ -300,6 +314,23 @@ def _drawn(
             for row, (example, text) in enumerate(zip(part, rollout.texts, strict=True)):
                 judged = stage.task.evaluate(example, text)
                 own.append(Answer(text, rows[row][mask[row]].tolist(), judged))
-        scores.append(scorer(examples, own))
-        worth.append([one.judged[primary] for one in own])
-    return np.asarray(scores).T, np.asarray(worth).T
+        draws.append(own)
+    worth = [[one.judged[primary] for one in own] for own in draws]
+    return np.asarray(_scores(scorer, examples, draws)).T, np.asarray(worth).T
+
+
+def _scores(scorer: Scorer, examples: Sequence[Example], sides: Sequence[Sequence[Answer]]) -> list[list[float]]:
+    """[S][n] scores of S answers to each example. They stand beside each other, so that the prompt is read once, and
+    equal ones are scored once: they have equal scores to the last digit."""
+    asked: list[Example] = []
+    given: list[Answer] = []
+    rows: dict[tuple[int, tuple[int, ...]], int] = {}
+    for place, example in enumerate(examples):
+        for side in sides:
+            key = place, tuple(side[place].tokens)
+            if key not in rows:
+                rows[key] = len(given)
+                asked.append(example)
+                given.append(side[place])
+    found = scorer(asked, given)
+    return [[found[rows[place, tuple(one.tokens)]] for place, one in enumerate(side)] for side in sides]

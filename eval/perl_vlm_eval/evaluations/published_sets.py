@@ -24,6 +24,7 @@ from perl_vlm.types import Comparison
 from perl_vlm_eval import statistics
 from perl_vlm_eval.evaluations.base import Evaluation
 from perl_vlm_eval.identity import Record, group_names, item_keys
+from perl_vlm_eval.logs import asked
 from perl_vlm_eval.opened import OpenRun
 from perl_vlm_eval.published import FORMATS
 from perl_vlm_eval.results import Figure, Findings, Items
@@ -164,7 +165,15 @@ def findings(records: Sequence[Comparison], scores: Array, format: str, notes: S
         headlines=heads,
         items=Items([record.id for record in records], item_keys(records), groups, {"overall": right.tolist()}),
         warnings=list(notes),
-    )
+        said=[
+            {
+                **asked(record), "subset": record.metadata["subset"],
+                "chosen": {"response": record.chosen, "score": float(own[0])},
+                "rejected": {"response": record.rejected, "score": float(own[1])},
+            }
+            for record, own in zip(records, scores, strict=True)
+        ],
+    )  # fmt: skip
 
 
 def _section(

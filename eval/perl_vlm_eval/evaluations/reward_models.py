@@ -18,6 +18,7 @@ from perl_vlm.types import Comparison, Rating
 from perl_vlm_eval import statistics
 from perl_vlm_eval.evaluations.base import Evaluation
 from perl_vlm_eval.identity import Record, chosen, group_names, item_keys, thumbnail
+from perl_vlm_eval.logs import asked
 from perl_vlm_eval.metrics.calibration import bins_of, calibration_error, noise_floor
 from perl_vlm_eval.opened import OpenRun
 from perl_vlm_eval.results import Chart, Figure, Findings, Items, Sample
@@ -124,6 +125,7 @@ def findings(
         items=Items([one.id for one in records], item_keys(records), groups, {name: right.tolist()}),
         charts=charts,
         samples=_samples(records, found, margins),
+        said=[_said(record, own) for record, own in zip(records, found.scores.tolist(), strict=True)],
     )
 
 
@@ -260,6 +262,16 @@ def _correlation(a: Array, b: Array) -> float:
     if a.std() == 0 or b.std() == 0:
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
+
+
+def _said(record: Feedback, scores: Sequence[float]) -> dict[str, Any]:
+    """A preference and its scores, as a line of the log."""
+    if isinstance(record, Comparison):
+        return {
+            **asked(record), "chosen": {"response": record.chosen, "score": scores[0]},
+            "rejected": {"response": record.rejected, "score": scores[1]},
+        }  # fmt: skip
+    return {**asked(record), "response": {"response": record.response, "score": scores[0]}, "label": record.label}
 
 
 def _samples(records: Sequence[Feedback], found: FeedbackScores, margins: Array) -> list[Sample]:
