@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from perl_vlm_eval import statistics
 from perl_vlm_eval.statistics import (
@@ -138,6 +139,20 @@ def test_flipping_signs_against_every_flip() -> None:
     p = 2 * sum(one >= total - 1e-9 for one in flips) / len(flips)
     assert flip_signs(sums) == pytest.approx(min(1.0, p))
     assert flip_signs([0.0, 0.0]) == 1.0
+
+
+@pytest.mark.parametrize("batch", [37, 2_000_000])
+def test_flipping_some_signs_against_scipy(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_SIGNS_AT_ONCE", batch)
+    sums = np.random.default_rng(11).normal(0.25, 1, size=60)
+    other = scipy.stats.permutation_test(
+        (sums, np.zeros_like(sums)), lambda x, y, axis: (x - y).sum(axis=axis), permutation_type="samples",
+        vectorized=True, n_resamples=20_000, rng=np.random.default_rng(1),
+    )  # fmt: skip
+    assert 0.02 < other.pvalue < 0.5
+    assert flip_signs(sums) == pytest.approx(other.pvalue, rel=0.1)
+    assert flip_signs(np.ones(60)) == pytest.approx(1 / 20_001), "never 0"
+    assert flip_signs(np.ones(14)) == 2 / 2**14, "of few groups every flip is counted"
 
 
 @pytest.mark.parametrize("binary", [True, False])
