@@ -218,7 +218,7 @@ def _flatten(
             _flatten(value, f"{key}.", path, known, into)
         elif members and value is not None:  # a heading with nothing under it changes nothing
             raise UsageError(f"{path}: {key} is a section, found {value!r}. It holds {', '.join(members)}.")
-        elif not members:
+        elif not members and (key != "task" or value):  # runs write `task: {}` for a task without settings
             sections = {one[: one.rindex(".")] for one in known if "." in one}
             near = nearest(key, [*known, *sections])
             hint = f"Nearest: {', '.join(near)}." if near else "`perl-vlm <task> <verb> --help` lists all."

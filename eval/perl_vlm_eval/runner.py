@@ -19,6 +19,7 @@ from typing import Any
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.report.files import write_atomically
 from perl_vlm.train.signals import StopOnSignal, Stopped
+from perl_vlm_eval.evaluations.base import NotFor
 from perl_vlm_eval.evaluations.policies import Policies
 from perl_vlm_eval.identity import data_hash, settings_hash
 from perl_vlm_eval.logs import lines_of, plain, sample_file, write_lines
@@ -63,6 +64,9 @@ def run_cells(
                 cells.append(replace(_cell(line, run, opened, out, say), **own))
             except Stopped:
                 raise
+            except NotFor as error:
+                say(f"{run.label}: {line.name}: left out: {error}")
+                cells.append(Cell(line.name, line.evaluation.kind, run.label, "", "skipped", str(error)))
             except Exception as error:  # a task's or a judge's own code may raise anything
                 cells.append(_failed(line, run, error, out, say))
         del opened

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from perl_vlm.errors import PerlVlmError
 from perl_vlm_eval.identity import Record
 from perl_vlm_eval.opened import OpenRun
 from perl_vlm_eval.results import Findings
 from perl_vlm_eval.runs import FoundRun
+
+
+class NotFor(PerlVlmError):
+    """An evaluation has nothing to measure in a run, for a reason that no other settings would change: its cell is left
+    out, not failed."""
 
 
 class Evaluation:
@@ -45,5 +51,5 @@ class Evaluation:
         return ""
 
     def measure(self, opened: OpenRun) -> Findings:
-        """Measure a run. Raises PerlVlmError where that cannot be done."""
+        """Measure a run. Raises NotFor where there is nothing to measure, PerlVlmError where it cannot be done."""
         raise NotImplementedError

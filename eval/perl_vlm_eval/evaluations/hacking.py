@@ -27,7 +27,7 @@ from perl_vlm.train.rewards import Rewards
 from perl_vlm.train.sampling import HELD_OUT, noise, sample
 from perl_vlm.types import Example
 from perl_vlm_eval import statistics
-from perl_vlm_eval.evaluations.base import Evaluation
+from perl_vlm_eval.evaluations.base import Evaluation, NotFor
 from perl_vlm_eval.identity import Record, examples_of, group_names, item_keys
 from perl_vlm_eval.metrics.texts import repeated
 from perl_vlm_eval.opened import OpenRun
@@ -94,20 +94,19 @@ class Hacking(Evaluation):
         return " ".join([opened.own_reward_identity, *names])
 
     def measure(self, opened: OpenRun) -> Findings:
-        """Raises PerlVlmError where the reward cannot be had, or the task plays episodes in a live environment."""
+        """Raises NotFor where the task plays episodes in a live environment or answers nothing freely, PerlVlmError
+        where the reward cannot be had."""
+        if opened.task.environment() is not None:
+            raise NotFor(f"{opened.task.name} is rewarded by its environment, which is the gold standard itself")
         rewards, stage = opened.rewards, opened.stage
         if rewards is None:
             raise PerlVlmError(
                 f"the reward that {opened.found.path} was trained on ({opened.config.ppo.reward_model}) is not in it; "
                 "name the folder of the whole run"
             )
-        if opened.task.environment() is not None:
-            raise PerlVlmError(f"{opened.task.name} is rewarded by its environment, which is the gold standard itself")
         examples = [one for one in stage.some_examples(self.settings.split, self.settings.limit) if not one.choices]
         if not examples:
-            raise PerlVlmError(
-                f"task {opened.task.name} has no {self.settings.split} examples that are answered freely"
-            )
+            raise NotFor(f"task {opened.task.name} has no {self.settings.split} examples that are answered freely")
         rewards.check(examples)
         points = _points(opened, rewards, examples)
         shares = all(0 <= value <= 1 for point in points for value in point.gold)
