@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -47,6 +48,7 @@ def evaluate(argv: Sequence[str]) -> int:
         print(_parser().format_help(), end="")
         return 0
     given = _parser().parse_args(list(argv))
+    one_process(EVAL)
     if not given.runs:
         raise UsageError(f"`{EVAL}` needs --runs: folders of finished runs, such as runs/vqa/ppo-tiny-s0")
     from perl_vlm_eval.runs import find_run
@@ -89,6 +91,16 @@ def evaluate(argv: Sequence[str]) -> int:
     return int(any(cell.status == "failed" for cell in cells))
 
 
+def one_process(command: str) -> None:
+    """Refuse to be started by a launcher of several processes: each would measure the whole, over the others' files."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdecimal() and int(count) > 1:
+        raise UsageError(
+            f"`{command}` runs in one process, and {count} were started (WORLD_SIZE); start it without `accelerate "
+            "launch`. `perl-vlm study --parallel 0,1` takes several GPUs, one a cell"
+        )
+
+
 def _compare(argv: Sequence[str]) -> int:
     parser = _Parser(prog=f"{EVAL} compare", description="Results side by side, on the items they share.")
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="folders that `perl-vlm eval` wrote")
@@ -116,6 +128,11 @@ def _compare(argv: Sequence[str]) -> int:
         if Path(given.out).resolve() in [Path(folder).resolve() for folder in given.results]:
             raise PerlVlmError(f"--out {given.out} is one of the results that are compared; give another folder")
         _check_out(Path(given.out))
+        from perl_vlm_eval.runner import keep
+
+        for cell in cells:
+            if cell.findings.figures:  # so that its folder stands alone
+                keep(Path(given.out), cell)
     facts = {"Compared": ", ".join(given.results)}
     _finish(None if given.out is None else Path(given.out), "perl-vlm eval: comparison", cells, facts)
     return 0
@@ -137,9 +154,11 @@ def read_results(folder: Path) -> list[Cell]:
         raise PerlVlmError(f"{path} is of schema {found}, and this version reads {SCHEMA}; evaluate again")
     cells = []
     for given in content["cells"]:
-        if given["status"] == "done":
-            kept = cell_from_json(read_json(path.parent / "cells" / f"{given['key']}.json"))
-            cells.append(replace(kept, run=given["run"], evaluation=given["evaluation"]))
+        ending = "json" if given["status"] == "done" else "partial.json"
+        if given["figures"]:
+            kept = cell_from_json(read_json(path.parent / "cells" / f"{given['key']}.{ending}"))
+            own = {name: given[name] for name in ("run", "evaluation", "kin", "seed")}
+            cells.append(replace(kept, **own))
         else:
             names = ("evaluation", "kind", "run", "key", "status", "why")
             cells.append(Cell(**{name: given[name] for name in names}))
@@ -152,9 +171,9 @@ def _finish(out: Path | None, title: str, cells: Sequence[Cell], facts: dict[str
 
     from perl_vlm_eval.comparing import differences_of
     from perl_vlm_eval.report import print_tables, write_page
-    from perl_vlm_eval.seeds import over_seeds
+    from perl_vlm_eval.seeds import summed_up
 
-    tests, seeds = differences_of(cells), over_seeds(cells)
+    tests, seeds = differences_of(cells), summed_up(cells)
     made = {"perl_vlm": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     if out is not None:
         _write(out, title, cells, {"tests": tests, "seeds": seeds}, facts, made)
@@ -182,10 +201,6 @@ def _write(
             {**{key: value for key, value in to_json(cell).items() if key != "findings"},
              **{key: findings[key] for key in ("figures", "headlines", "verdicts", "warnings", "missing")}}
         )  # fmt: skip
-        # A comparison brings its cells with it, so that its folder stands alone.
-        kept = out / "cells" / f"{cell.key}.json"
-        if cell.status == "done" and not kept.is_file():
-            write_atomically(kept, json.dumps(to_json(cell), allow_nan=False) + "\n")
     content = {
         "schema": SCHEMA, "title": title, "made_with": made, "facts": facts, "cells": shown, **to_json(over_all),
     }  # fmt: skip

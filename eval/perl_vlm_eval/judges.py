@@ -103,9 +103,17 @@ class Endpoint:
         return said
 
 
-def instructions(name: str) -> str:
-    """What judges are told: the text of ``prompts/NAME.txt``."""
-    return files("perl_vlm_eval").joinpath(f"prompts/{name}.txt").read_text(encoding="utf-8")
+def instructions(name: str, own: Path | None = None) -> str:
+    """What judges are told: the text of ``prompts/NAME.txt``, or of a file of the user's.
+
+    Raises PerlVlmError where that cannot be read.
+    """
+    if own is None:
+        return files("perl_vlm_eval").joinpath(f"prompts/{name}.txt").read_text(encoding="utf-8")
+    try:
+        return own.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PerlVlmError(f"the judge's template {own} cannot be read: {error}") from error
 
 
 def template(name: str, places: Sequence[str], own: Path | None = None) -> Callable[..., str]:
@@ -114,7 +122,7 @@ def template(name: str, places: Sequence[str], own: Path | None = None) -> Calla
 
     Raises PerlVlmError where a place is missing.
     """
-    text = instructions(name) if own is None else own.read_text(encoding="utf-8")
+    text = instructions(name, own)
     missing = [place for place in places if f"{{{place}}}" not in text]
     if missing:
         raise PerlVlmError(f"the judge's template {own or name} has no place for {', '.join(missing)}")
@@ -123,6 +131,11 @@ def template(name: str, places: Sequence[str], own: Path | None = None) -> Calla
         return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), text)
 
     return fill
+
+
+def pairwise(own: Path | None = None) -> Callable[..., str]:
+    """The instructions of ``EndpointJudge``, to be filled in. Raises PerlVlmError where they cannot be used."""
+    return template("pairwise", ("prompt", "first", "second"), own)
 
 
 class EndpointJudge:
@@ -140,7 +153,7 @@ class EndpointJudge:
     def __init__(self, given: str, cache: Path, *, own: Path | None = None, requests: int = 8, **settings: Any) -> None:
         self.endpoint = Endpoint(given, cache, **settings)
         self.name, self.requests = self.endpoint.model, requests
-        self._fill = template("pairwise", ("prompt", "first", "second"), own)
+        self._fill = pairwise(own)
         self.warnings: list[str] = []
 
     def compare(self, examples: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> list[float]:

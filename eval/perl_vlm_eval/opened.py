@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from perl_vlm.train.signals import StopOnSignal
 from perl_vlm.train.stage import Stage
 from perl_vlm.types import Example
 from perl_vlm_eval.identity import data_hash, reward_identity, settings_hash
+from perl_vlm_eval.results import read_json
 from perl_vlm_eval.runs import FoundRun, files_hash, settings_of, weights_hash
 
 
@@ -41,7 +42,7 @@ class OpenRun:
     def __init__(self, found: FoundRun, changes: Mapping[str, Any], scratch: Path, stop: StopOnSignal) -> None:
         self.found, self._scratch, self._stop = found, scratch, stop
         self._noted = 0
-        self._judges: dict[tuple[str, str], Judge] = {}
+        self._judges: dict[tuple[str, str, str], Judge] = {}
         own = next(iter(found.stages.values()))
         changes = dict(changes)
         if "sft" in found.stages:  # it stands under every role
@@ -112,13 +113,22 @@ class OpenRun:
         """What tells whether the reward of two runs is one, and whether it is what it was."""
         config = self.config.ppo
         how = f"{config.ensemble} {config.ensemble_penalty}"
-        own = self.weights if self.own_reward == "learned" else ""
-        return "" if self.own_reward is None else f"{reward_identity(self.own_reward)} {how} {own}"
+        return "" if self.own_reward is None else f"{self.identity_of(self.own_reward)} {how}"
+
+    def identity_of(self, reward: str) -> str:
+        """What tells whether a reward is what it was, and that of another run: a run has words for its own models."""
+        stages = [self.found.stages[name] for name in ("sft", "rm") if name in self.found.stages]
+        base = str(self.found.summary.get("base_fingerprint"))
+        own = {
+            "learned": " ".join([base, *map(weights_hash, stages)]),
+            "untrained": f"{base} {self.config.seed} {self.config.lora}",
+        }
+        return reward_identity(reward, own)
 
     def judge(self, given: str, stage: Stage) -> Judge:
         """A reward that scores single answers to the prompts of a stage's task, loaded once. Raises PerlVlmError where
         it cannot be had."""
-        key = (stage.task.name, given)
+        key = (stage.task.name, repr(stage.task.config), given)
         if key not in self._judges:
             config = replace(stage.config, eval=replace(stage.config.eval, judge=given))
             self._judges[key] = Judge(replace(stage, config=config))
@@ -138,17 +148,30 @@ class OpenRun:
     def answers(self, stage: Stage, role: str, examples: Sequence[Example]) -> list[Answer]:
         """Greedy answers of a role. They are kept by the side, since a judge or a source of knowledge that fails
         afterwards must not cost them, and since several evaluations ask the same."""
-        what = [self.weights, settings_hash(self.config), stage.task.name, repr(stage.task.config), role]
-        digest = hashlib.sha256(json.dumps([*what, data_hash(examples)]).encode()).hexdigest()[:24]
-        kept = self._scratch / f"answers-{digest}.json"
-        if kept.is_file():
-            given = json.loads(kept.read_text(encoding="utf-8"))
-            return [
-                Answer(one["response"], one["tokens"], one["judged"], tuple(one["logprobs"]), one["turns"])
-                for one in given
-            ]
-        found = greedy_answers(stage, role, examples)
-        write_atomically(kept, json.dumps([asdict(answer) for answer in found]))
+        given = self.kept(
+            "answers", stage, [role, data_hash(examples)],
+            lambda: [asdict(answer) for answer in greedy_answers(stage, role, examples)],
+        )  # fmt: skip
+        return [
+            Answer(one["response"], list(one["tokens"]), one["judged"], tuple(one["logprobs"]), one["turns"])
+            for one in given
+        ]
+
+    def kept(self, what: str, stage: Stage, depends: Sequence[str], make: Callable[[], Any]) -> Any:
+        """A JSON value that takes models to make, from the side where it was made before.
+
+        Args:
+            what: how its file is called.
+            depends: what it depends on beside the run's weights, its settings, and the task that asks and judges.
+            make: makes it.
+        """
+        parts = [self.weights, settings_hash(self.config, stage.task), *depends]
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+        path = self._scratch / f"{what}-{digest}.json"
+        if path.is_file():
+            return read_json(path)
+        found = make()
+        write_atomically(path, json.dumps(found))
         return found
 
     def answering(self, task: Task) -> Stage:

@@ -62,6 +62,7 @@ def run_cells(
             try:
                 opened = opened or _opened(run, changes, out, stop)
                 cells.append(replace(_cell(line, run, opened, out, say), **own))
+                keep(out, cells[-1])
             except Stopped:
                 raise
             except NotFor as error:
@@ -123,6 +124,16 @@ def _opened(run: FoundRun, changes: Mapping[str, Any], out: Path, stop: StopOnSi
     return OpenRun(run, changes, out / "scratch" / plain(run.label), stop)
 
 
+def keep(out: Path, cell: Cell) -> None:
+    """Write a cell's file, ``cells/KEY.json``; of one that has less than it should, ``cells/KEY.partial.json``, which
+    is shown and compared, and measured again."""
+    whole, partial = (out / "cells" / f"{cell.key}{ending}" for ending in (".json", ".partial.json"))
+    path = whole if cell.status == "done" else partial
+    write_atomically(path, json.dumps(to_json(cell), allow_nan=False) + "\n")
+    if cell.status == "done":
+        partial.unlink(missing_ok=True)
+
+
 def _cell(line: Line, run: FoundRun, opened: OpenRun, out: Path, say: Callable[[str], None]) -> Cell:
     key = _key(line, opened)
     kept = out / "cells" / f"{key}.json"
@@ -145,15 +156,13 @@ def _cell(line: Line, run: FoundRun, opened: OpenRun, out: Path, say: Callable[[
         why = "; ".join(findings.missing)
         say(f"{run.label}: {line.name}: not all could be measured: {why}")
         return Cell(line.name, line.evaluation.kind, run.label, key, "failed", why, took, findings)
-    cell = Cell(line.name, line.evaluation.kind, run.label, key, "done", "", took, findings)
-    write_atomically(kept, json.dumps(to_json(cell), allow_nan=False) + "\n")
-    return cell
+    return Cell(line.name, line.evaluation.kind, run.label, key, "done", "", took, findings)
 
 
 def _key(line: Line, opened: OpenRun) -> str:
     """Raises PerlVlmError where the run's data cannot be read."""
     parts = [
-        SCHEMA, line.evaluation.kind, line.settings, opened.weights, settings_hash(opened.config),
+        SCHEMA, line.evaluation.kind, line.settings, opened.weights, settings_hash(opened.config, opened.task),
         data_hash(line.evaluation.records(opened)), line.evaluation.depends_on(opened),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

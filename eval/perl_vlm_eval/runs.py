@@ -21,6 +21,8 @@ from perl_vlm.train.rundir import RunDir
 STAGES = ("sft", "rm", "ppo")
 _OF_NO_MATTER = ("seed", "device", "checkpointing", "report_to", "eval", "steps", "batch_size", "lr")
 """Settings that change nothing of what is learned. The last three stand in the stages' own."""
+_BUILT_ON = (("sft", "adapter"), ("ppo", "reward_model"))
+"""Settings that may name the folder of another run."""
 _WEIGHTS = (".safetensors", ".json", ".bin")
 
 
@@ -102,34 +104,40 @@ def kin(run: FoundRun) -> str:
     ).hexdigest()
 
 
-def _learned_with(path: Path, stages: Iterable[str]) -> dict[str, Any]:
+def _learned_with(path: Path, stages: Iterable[str], within: tuple[Path, ...] = ()) -> dict[str, Any]:
     config = RunDir(path).read_config()
     kept = {key: value for key, value in config.items() if key not in (*_OF_NO_MATTER, *STAGES) or key in stages}
-    return {key: _without_seeds(value) for key, value in kept.items()}
+    for section, key in _BUILT_ON:
+        own = kept.get(section)
+        if isinstance(own, Mapping) and isinstance(own.get(key), str):
+            found = _run_around(own[key])
+            if found is not None and found.path not in (path, *within):
+                stage = (found.read_summary() or {}).get("stage")
+                known = _learned_with(found.path, STAGES if stage == "run" else [str(stage)], (path, *within))
+                kept[section] = {**own, key: known}
+    return kept
 
 
-def _without_seeds(value: Any) -> Any:
-    """Settings whose folders of other runs stand for what those learned with."""
-    if isinstance(value, Mapping):
-        return {key: _without_seeds(own) for key, own in value.items()}
-    if isinstance(value, str) and (found := _run_around(Path(value).expanduser())) is not None:
-        summary = found.read_summary() or {}
-        stage = summary.get("stage")
-        return _learned_with(found.path, STAGES if stage == "run" else [str(stage)])
-    return value
-
-
-def _run_around(path: Path) -> RunDir | None:
+def _run_around(given: str) -> RunDir | None:
     """The run whose folder it is, or which has the folder (``runs/x/rm``, ``runs/x/rm/adapter``)."""
-    if not path.is_dir():
+    try:
+        path = Path(given).expanduser()
+        if not given or not path.is_dir():
+            return None
+    except (OSError, RuntimeError):  # a text that is no path
         return None
     return next((run for run in map(RunDir, (path, *path.resolve().parents[:2])) if run.summary.is_file()), None)
 
 
 def step_seconds(run: RunDir, stage: str) -> float | None:
-    """The median time from one logged step of a stage to the next; None where fewer than three were logged."""
-    times = [float(line["time"]) for line in read_log(run.metrics) if line.get("stage") == stage]
-    gaps = sorted(later - sooner for sooner, later in itertools.pairwise(times))
+    """The median time from one logged step of a stage to the next, measurements on the way left out; None where fewer
+    than two such gaps were logged."""
+    lines = [line for line in read_log(run.metrics) if line.get("stage") == stage]
+    gaps = sorted(
+        float(later["time"]) - float(sooner["time"])
+        for sooner, later in itertools.pairwise(lines)
+        if not any(key.startswith("eval/") for key in later)
+    )
     return gaps[len(gaps) // 2] if len(gaps) > 1 else None
 
 

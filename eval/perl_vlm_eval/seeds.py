@@ -1,4 +1,4 @@
-"""Runs that differ in their seeds alone, summarised together."""
+"""Runs that differ in their seeds alone: their spread, and whether two ways of making them differ beyond it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,75 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from perl_vlm_eval import statistics
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats as distributions
+
+from perl_vlm.stats import Numbers
 from perl_vlm_eval.results import Better, Cell, Unit
-from perl_vlm_eval.statistics import Seeds
+from perl_vlm_eval.statistics import LEVEL, Difference
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """A figure over several seeds."""
+
+    mean: float
+    spread: float | None
+    """Standard deviation, with n - 1; None of a single seed."""
+    low: float | None
+    high: float | None
+    """Student's interval of the mean over seeds."""
+    least: float
+    most: float
+    seeds: int
+
+
+def over_seeds(values: Numbers) -> Seeds:
+    """A figure's mean and spread over runs that differ in their seed alone.
+
+    Raises:
+        ValueError: no values, or one that is not finite.
+    """
+    given = _finite(values)
+    count = given.size
+    least, most, middle = float(given.min()), float(given.max()), float(given.mean())
+    if count == 1:
+        return Seeds(middle, None, None, None, least, most, 1)
+    spread = float(given.std(ddof=1))
+    half = float(distributions.t.ppf(1 - LEVEL / 2, count - 1)) * spread / count**0.5
+    return Seeds(middle, spread, middle - half, middle + half, least, most, count)
+
+
+def paired_over_seeds(before: Numbers, after: Numbers) -> Difference:
+    """Mean of ``after`` less mean of ``before`` over runs with the same seeds, with Student's paired interval and test.
+
+    Two seeds are the least that can be tested, and say little.
+
+    Raises:
+        ValueError: lengths that differ or are 0, or a value that is not finite.
+    """
+    one, other = _finite(before), _finite(after)
+    if one.shape != other.shape:
+        raise ValueError(f"seeds are paired; got {one.size} and {other.size}")
+    found = over_seeds(other - one)
+    if found.spread is None or found.low is None or found.high is None:
+        return Difference(found.mean, None, None, 1, 1, "of one seed nothing is known of its spread")
+    if found.spread == 0:
+        p = 1.0 if found.mean == 0 else 0.0
+    else:
+        t = abs(found.mean) / (found.spread / found.seeds**0.5)
+        p = float(2 * distributions.t.sf(t, found.seeds - 1))
+    return Difference(
+        found.mean, found.low, found.high, found.seeds, found.seeds, "Student's, over seeds", p, "paired t"
+    )
+
+
+def _finite(values: Numbers) -> NDArray[np.float64]:
+    given = np.asarray(values, dtype=np.float64)
+    if not given.size or not np.isfinite(given).all():
+        raise ValueError(f"figures over seeds want finite numbers, one at least; got {given.tolist()}")
+    return given
 
 
 @dataclass(frozen=True)
@@ -23,7 +89,7 @@ class OverSeeds:
     better: Better | None
 
 
-def over_seeds(cells: Sequence[Cell]) -> list[OverSeeds]:
+def summed_up(cells: Sequence[Cell]) -> list[OverSeeds]:
     """The headline figures of runs of one kin (``runs.kin``) with different seeds, for each evaluation with two or
     more; a seed that is there twice counts once."""
     groups: dict[tuple[str, str, str], dict[int, Cell]] = {}
@@ -44,7 +110,7 @@ def over_seeds(cells: Sequence[Cell]) -> list[OverSeeds]:
                 OverSeeds(
                     f"{having[0].evaluation}: {name}",
                     [having[place].run for place in known],
-                    statistics.over_seeds([values[place] for place in known]),
+                    over_seeds([values[place] for place in known]),
                     figure.unit,
                     figure.better,
                 )

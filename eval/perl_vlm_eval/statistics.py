@@ -52,21 +52,6 @@ class Difference(Estimate):
     test: str = ""
 
 
-@dataclass(frozen=True)
-class Seeds:
-    """A figure over several seeds."""
-
-    mean: float
-    spread: float | None
-    """Standard deviation, with n - 1; None of a single seed."""
-    low: float | None
-    high: float | None
-    """Student's interval of the mean over seeds."""
-    least: float
-    most: float
-    seeds: int
-
-
 def share(hits: Numbers, groups: Sequence[Hashable] | None = None, *, seed: int = 0) -> Estimate:
     """A share, such as an accuracy.
 
@@ -258,21 +243,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         so_far = max(so_far, min(1.0, (len(ordered) - place) * p_values[name]))
         found[name] = so_far
     return {name: found[name] for name in p_values}
-
-
-def over_seeds(values: Numbers) -> Seeds:
-    """A figure's mean and spread over runs that differ in their seed alone.
-
-    Raises:
-        ValueError: no values, or one that is not finite.
-    """
-    given, _, count = _checked(values, None)
-    least, most, middle = float(given.min()), float(given.max()), float(given.mean())
-    if count == 1:
-        return Seeds(middle, None, None, None, least, most, 1)
-    spread = float(given.std(ddof=1))
-    half = float(distributions.t.ppf(1 - LEVEL / 2, count - 1)) * spread / count**0.5
-    return Seeds(middle, spread, middle - half, middle + half, least, most, count)
 
 
 def in_words(found: Difference, p: float | None, *, higher_is_better: bool | None = None) -> str:

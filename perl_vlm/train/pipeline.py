@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from perl_vlm.config import RunConfig
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.models.roles import HeadKind, base_fingerprint
 from perl_vlm.task import Task
-from perl_vlm.train.energy import EnergyMeter
+from perl_vlm.train.costs import Costs
 from perl_vlm.train.evaluate import Evaluation, announce, evaluate
 from perl_vlm.train.log import say
 from perl_vlm.train.parallel import Parallel
@@ -65,7 +62,6 @@ def trained_by(name: str, config: RunConfig) -> dict[str, str]:
 class Outcome:
     """What the stages of a run have given so far."""
 
-    meter: EnergyMeter = dataclasses.field(default_factory=EnergyMeter)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     ci95: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     trainable: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
@@ -113,26 +109,37 @@ def _run(verb: str, task: Task, config: RunConfig, parallel: Parallel) -> int:
                 run.config.unlink()
                 run.path.rmdir()
             raise
-        outcome = Outcome()
         if verb != "run":
-            outcome.evaluation = run_stage(session.stage(verb, run), began)
+            run_stage(session.stage(verb, run), began)
             return 0
-        for name in stages_of(config):
-            own = make_run(run.path / name, settings, config, parallel)
-            done = own.read_summary()
-            if done is not None and name != "eval":
-                reload_stage(session, name, own, done)
-                say(f"{name}: done already, loaded from {own.adapter}")
-            else:
-                outcome.evaluation = run_stage(session.stage(name, own), time.monotonic())
-                if name == "sft":
-                    session.roles.stack_sft()
-                done = own.read_summary() or {}
-            outcome.add(done)
-            stop.raise_if_requested()
-        finish(session.stage(verb, run), summarise(session.stage(verb, run), began, outcome), outcome.evaluation)
+        costs = Costs(run, began)
+        with costs.kept(session.roles.backbone.device, main=parallel.is_main):
+            outcome = _run_stages(session, run, settings, parallel, stop)
+        stage = session.stage(verb, run)
+        finish(stage, summarise(stage, costs, outcome), outcome.evaluation)
         say(f"report: {run.report}")
     return 0
+
+
+def _run_stages(
+    session: Session, run: RunDir, settings: dict[str, Any], parallel: Parallel, stop: StopOnSignal
+) -> Outcome:
+    """The stages of ``run``, each in a folder of its own; those that are done already are loaded."""
+    outcome, config = Outcome(), session.config
+    for name in stages_of(config):
+        own = make_run(run.path / name, settings, config, parallel)
+        done = own.read_summary()
+        if done is not None and name != "eval":
+            reload_stage(session, name, own, done)
+            say(f"{name}: done already, loaded from {own.adapter}")
+        else:
+            outcome.evaluation = run_stage(session.stage(name, own), time.monotonic())
+            if name == "sft":
+                session.roles.stack_sft()
+            done = own.read_summary() or {}
+        outcome.add(done)
+        stop.raise_if_requested()
+    return outcome
 
 
 def finish(stage: Stage, summary: dict[str, Any], evaluation: Evaluation | None) -> None:
@@ -145,6 +152,18 @@ def finish(stage: Stage, summary: dict[str, Any], evaluation: Evaluation | None)
 
 def run_stage(stage: Stage, began: float) -> Evaluation | None:
     """Train or evaluate one stage and write all that it leaves, its summary last."""
+    costs = Costs(stage.run, began)
+    with costs.kept(stage.device, main=stage.parallel.is_main):
+        outcome = _worked(stage, began)
+    summary = summarise(stage, costs, outcome)
+    if stage.parallel.is_main:
+        summary["files"] = file_hashes(stage.run.path, list(trained_by(stage.name, stage.config).values()))
+    finish(stage, summary, outcome.evaluation)
+    return outcome.evaluation
+
+
+def _worked(stage: Stage, began: float) -> Outcome:
+    """What a stage gives; its adapters are saved."""
     outcome = Outcome()
     trained = trained_by(stage.name, stage.config)
     if stage.name == "eval":
@@ -161,14 +180,10 @@ def run_stage(stage: Stage, began: float) -> Evaluation | None:
             outcome.trainable[role] = stage.roles.counts(role)
         stage.parallel.barrier()
         say(f"{stage.name}: {_brief(stage.name, outcome)} in {time.monotonic() - began:.0f} s")
-    summary = summarise(stage, began, outcome)
-    if stage.parallel.is_main:
-        summary["files"] = file_hashes(stage.run.path, list(trained.values()))
-    finish(stage, summary, outcome.evaluation)
-    return outcome.evaluation
+    return outcome
 
 
-def summarise(stage: Stage, began: float, outcome: Outcome) -> dict[str, Any]:
+def summarise(stage: Stage, costs: Costs, outcome: Outcome) -> dict[str, Any]:
     """The content of ``summary.json``."""
     backbone = stage.roles.backbone
     return {
@@ -176,27 +191,13 @@ def summarise(stage: Stage, began: float, outcome: Outcome) -> dict[str, Any]:
         "stage": stage.name,
         "model": stage.config.model,
         "seed": stage.config.seed,
-        "seconds": round(time.monotonic() - began, 1),
-        "peak_memory_bytes": peak_memory_bytes(backbone.device),
-        "energy_joules": outcome.meter.joules(),
+        **costs.total(backbone.device),
         "parameters": {"total": backbone.parameter_count, "trainable": outcome.trainable},
         "metrics": outcome.metrics,
         "ci95": outcome.ci95,
         "base_fingerprint": base_fingerprint(stage.roles),
         "notes": list(stage.notes),
     }
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """The device's peak where it counts for itself, else this process's peak resident size (None on Windows)."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def file_hashes(folder: Path, parts: list[str]) -> dict[str, str]:

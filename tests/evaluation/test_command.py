@@ -12,6 +12,7 @@ import pytest
 from perl_vlm.cli import main
 from perl_vlm.rollout.scorers import transport
 from perl_vlm_eval import opened
+from perl_vlm_eval.evaluations import policy_figures
 from perl_vlm_eval.evaluations.policies import Policies
 from perl_vlm_eval.evaluations.reward_models import RewardModels
 from perl_vlm_eval.results import Findings
@@ -71,6 +72,8 @@ def test_everything_is_measured_kept_and_shown(
         "response_tokens", "empty", "repeated", "reward", "gain/reward", "win_rate/reward", "best_of_4",
     ):  # fmt: skip
         assert name in policy, name
+    assert {"f1", "anchor/f1", "gain/f1"} <= policy.keys(), "the task's figures of a whole set"
+    assert {"gain/response_tokens", "best_of_1", "best_of_2"} <= policy.keys()
     assert policy["kl"]["estimate"]["items"] == 16
     assert policy["kl"]["estimate"]["value"] > 0
     cost = cell(out, "resources")["figures"]
@@ -160,6 +163,45 @@ def test_a_judge_that_is_down_costs_nothing_else(
     again = cell(out, "policy")
     assert again["figures"]["accuracy"] == found["figures"]["accuracy"]
 
+    both = tmp_path / "both"
+    shutil.copytree(out, tmp_path / "copy")
+    assert main(["eval", "compare", str(out), str(tmp_path / "copy"), "--out", str(both)]) == 0
+    assert [one["status"] for one in results(both)["cells"]] == ["failed", "failed"]
+    assert "gain/accuracy" in results(both)["cells"][0]["figures"], "what it has is compared all the same"
+    assert main(["eval", "compare", str(both), str(out)]) == 0
+
+
+def test_what_breaks_a_part_costs_that_part_alone(
+    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, out = tmp_path / "best.yaml", tmp_path / "results"
+    suite.write_text("evaluations:\n- kind: policy\n  limit: 12\n  kl_prompts: 4\n  best_of: 2\n  best_of_prompts: 4\n")
+    given = ["eval", "--suite", str(suite), "--runs", str(whole_run), "--out", str(out)]
+    monkeypatch.setattr(policy_figures, "best_of_n", lambda *given: 1 / 0)
+    assert main(given) == 1
+    found = cell(out, "policy")
+    assert found["missing"] == ["best of 2: ZeroDivisionError: division by zero"]
+    assert {"accuracy", "kl"} <= found["figures"].keys()
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("drawn again")
+
+    monkeypatch.undo()
+    for name in ("_moved", "drawn"):
+        monkeypatch.setattr(policy_figures, name, refuse)
+    assert main(given) == 0
+    assert cell(out, "policy")["figures"]["kl"] == found["figures"]["kl"]
+    assert not list((out / "cells").glob("*.partial.json"))
+
+
+def test_several_processes_are_refused(
+    whole_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for argv in (["eval", "--runs", str(whole_run)], ["study", "pe-rlhf", "--task", "vqa"]):
+        assert main(argv) == 2
+        assert "runs in one process, and 2 were started" in capsys.readouterr().err
+
 
 def test_another_task_s_examples_may_be_asked(whole_run: Path, tmp_path: Path) -> None:
     suite, out = tmp_path / "other.yaml", tmp_path / "results"
@@ -230,6 +272,17 @@ def test_seeds_of_one_run_are_summarised(whole_run: Path, tmp_path: Path, capsys
     found = {one["what"]: one for one in results(out)["seeds"]}
     assert found["policy: accuracy"]["runs"] == ["first/ppo", "runs/second"]
     assert found["policy: accuracy"]["found"]["seeds"] == 2
+
+    for place, given in enumerate(runs):
+        assert main(["eval", "--suite", str(suite), "--runs", given, "--out", str(tmp_path / f"part{place}")]) == 0
+        assert results(tmp_path / f"part{place}")["seeds"] == []
+    parts, both = [str(tmp_path / "part0"), str(tmp_path / "part1")], tmp_path / "both"
+    assert main(["eval", "compare", *parts, "--out", str(both)]) == 0
+    assert {one["what"]: one["found"] for one in results(both)["seeds"]} == {
+        what: one["found"] for what, one in found.items()
+    }
+    assert main(["eval", "compare", str(both), str(tmp_path / "part0")]) == 0
+    assert "Over seeds" in capsys.readouterr().out
 
 
 def test_two_results_side_by_side(

@@ -10,7 +10,8 @@ import pytest
 
 from perl_vlm.cli import main
 from perl_vlm.types import Example, Message
-from perl_vlm_eval.evaluations.hacking import Point, findings
+from perl_vlm_eval.evaluations.hacking import findings
+from perl_vlm_eval.evaluations.points import Point
 from perl_vlm_eval.results import Findings
 
 COUNT = 200

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from perl_vlm.train.compare import Answer
 from perl_vlm.types import Example, Message
-from perl_vlm_eval.evaluations.policy_figures import _scores
+from perl_vlm_eval.evaluations.answers import scores_of
 
 
 def test_answers_to_one_prompt_stand_together_and_equal_ones_are_scored_once() -> None:
@@ -19,6 +19,6 @@ def test_answers_to_one_prompt_stand_together_and_equal_ones_are_scored_once() -
         asked.extend((example.id, answer.response) for example, answer in zip(examples, answers, strict=True))
         return [100.0 * int(example.id) + answer.tokens[0] for example, answer in zip(examples, answers, strict=True)]
 
-    found = _scores(scorer, examples, [before, after])
+    found = scores_of(scorer, examples, [before, after])
     assert asked == [("0", "a"), ("0", "x"), ("1", "b"), ("2", "c"), ("2", "a")]
     assert found == [[97.0, 198.0, 299.0], [120.0, 198.0, 297.0]]

@@ -11,7 +11,7 @@ import yaml
 
 from perl_vlm_eval.results import Cell, Figure, Findings
 from perl_vlm_eval.runs import FoundRun, kin
-from perl_vlm_eval.seeds import over_seeds
+from perl_vlm_eval.seeds import summed_up
 from perl_vlm_eval.statistics import Estimate
 
 
@@ -43,6 +43,14 @@ def test_runs_that_are_built_upon_count_by_what_they_learned_with(tmp_path: Path
     assert kin(policies[1]) != kin(policies[2])
 
 
+@pytest.mark.parametrize("text", ["", ".", "~nobody-of-that-name/x", "long " * 100, "verify"])
+def test_rewards_that_are_no_folders_are_texts(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = run(tmp_path / "a", "ppo", seed=0, ppo={"reward_model": text}, task={"instruction": "~x" + "y" * 400})
+    other = run(tmp_path / "b", "ppo", seed=1, ppo={"reward_model": "else"}, task={"instruction": "~x" + "y" * 400})
+    monkeypatch.chdir(tmp_path / "a")
+    assert kin(one) != kin(other)
+
+
 def cell(run: str, seed: int | None, value: float, kin: str = "k") -> Cell:
     figure = Figure(Estimate(value, None, None, 1, 1, "counted"), "share", "higher")
     findings = Findings({"accuracy": figure, "other": figure}, headlines=["accuracy"])
@@ -51,7 +59,7 @@ def cell(run: str, seed: int | None, value: float, kin: str = "k") -> Cell:
 
 def test_several_seeds_are_one_figure_with_its_spread() -> None:
     cells = [cell("a", 0, 0.5), cell("b", 1, 0.7), cell("again", 1, 0.9), cell("c", 0, 0.1, "else"), cell("d", None, 0)]
-    (found,) = over_seeds(cells)
+    (found,) = summed_up(cells)
     assert found.what == "policy: accuracy"
     assert found.runs == ["a", "b"], "a seed that is there twice counts once"
     assert found.found.mean == pytest.approx(0.6)
@@ -59,4 +67,4 @@ def test_several_seeds_are_one_figure_with_its_spread() -> None:
 
 
 def test_a_figure_that_does_not_exist_is_left_out() -> None:
-    assert over_seeds([cell("a", 0, 0.5), cell("b", 1, float("nan"))]) == []
+    assert summed_up([cell("a", 0, 0.5), cell("b", 1, float("nan"))]) == []

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 
 from perl_vlm_eval import statistics
+from perl_vlm_eval.evaluations.reward_models import _area, _calibration
+from perl_vlm_eval.metrics.calibration import calibration_error
+from perl_vlm_eval.seeds import over_seeds, paired_over_seeds
 from perl_vlm_eval.statistics import (
     difference,
     flip_signs,
@@ -18,7 +22,6 @@ from perl_vlm_eval.statistics import (
     jackknife,
     mcnemar,
     mean,
-    over_seeds,
     share,
     statistic,
 )
@@ -203,6 +206,52 @@ def test_holm_by_hand_and_by_simulation() -> None:
 
 def enumerate_names(values: np.ndarray) -> list[tuple[str, float]]:
     return [(str(place), float(value)) for place, value in enumerate(values)]
+
+
+def test_arms_over_seeds_are_paired() -> None:
+    before = [0.5, 0.6, 0.7, 0.55]
+    after = [0.52, 0.63, 0.71, 0.58]
+    found, other = paired_over_seeds(before, after), scipy.stats.ttest_rel(after, before)
+    assert found.p == pytest.approx(other.pvalue)
+    ends = other.confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(ends.low), pytest.approx(ends.high))
+    assert paired_over_seeds([0.5], [0.6]).p is None
+    assert paired_over_seeds([0.5, 0.6], [0.5, 0.6]).p == 1.0
+    with pytest.raises(ValueError, match="seeds are paired"):
+        paired_over_seeds([0.5, 0.6], [0.5])
+
+
+def test_arms_that_do_not_differ_keep_their_level() -> None:
+    draw = np.random.default_rng(9)
+    alarms = [paired_over_seeds(*draw.normal(0, 1, (2, 3))).p <= 0.05 for _ in range(1_000)]  # type: ignore[operator]
+    assert 0.03 < np.mean(alarms) < 0.07
+
+
+@pytest.mark.parametrize("off", [0.0, 0.15])
+def test_calibration_errors_are_covered(off: float) -> None:
+    """Of a calibrated model the interval reaches 0; of another it holds what very many items show."""
+    draw, hits = np.random.default_rng(4), 0
+
+    def outcomes(confident: Any) -> Any:
+        return (draw.random(len(confident)) < confident - off * (confident - 0.5)) * 1.0
+
+    many = draw.uniform(0.5, 1, 200_000)
+    truth = calibration_error(many, outcomes(many)) if off else 0.0
+    for _ in range(60):
+        confident = draw.uniform(0.5, 1, 800)
+        found = _calibration(confident, outcomes(confident), [str(place) for place in range(800)], 10)["ece"].estimate
+        hits += covered(found.low, found.high, truth)
+    assert hits / 60 >= 0.88
+
+
+def test_an_area_s_interval_covers_it() -> None:
+    draw, hits = np.random.default_rng(8), 0
+    for _ in range(60):
+        labels = draw.random(120) < 0.5
+        scores = draw.normal(labels * 1.0, 1)  # the area is that of a normal at 1 / sqrt(2)
+        found = _area(scores, labels, [str(place) for place in range(120)])
+        hits += covered(found.low, found.high, scipy.stats.norm.cdf(1 / 2**0.5))
+    assert hits / 60 >= 0.88
 
 
 def test_seeds_are_summed_up_with_their_spread() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from perl_vlm.cli import main
-from perl_vlm_eval.studies import STUDIES, pe_rlhf
+from perl_vlm_eval.studies import STUDIES, pe_rlhf, pe_rlhf_tables
 from perl_vlm_eval.studies.cells import Outcome
 from perl_vlm_eval.studies.command import drive
 from perl_vlm_eval.studies.pe_rlhf import PeRlhfSettings
@@ -41,13 +41,15 @@ class Known:  # in place of a Workshop
             return Outcome(folder, "it failed")
         verb = cell.name.split("-")[0]
         arm, lr, seed = self.settings(cell)
-        value = FIGURES[arm] - 0.1 * (lr != 2) + 0.01 * seed
+        value = FIGURES[arm] - 0.1 * (lr != 2) + 0.01 * seed + (0.001 * seed**2 if arm == "full" else 0)
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [
-            {"stage": verb, "step": step, "time": 10.0 + step * (3 if arm == "full" else 2), "eval/accuracy": value,
-             "eval/loss": 1 - value, "eval/scores": value}
-            for step in range(4)
-        ]  # fmt: skip
+        lines = [{"stage": verb, "step": step, "time": 10.0 + step * (3 if arm == "full" else 2)} for step in range(4)]
+        lines.append(  # what is measured on the way takes its time
+            {
+                "stage": verb, "step": 4, "time": 60.0,
+                "eval/accuracy": value, "eval/loss": 1 - value, "eval/scores": value,
+            }
+        )  # fmt: skip
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         summary = {
             "peak_memory_bytes": 1000 if arm == "full" else 450,
@@ -63,26 +65,29 @@ SETTINGS = PeRlhfSettings(
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pe_rlhf, "bare_bytes", lambda: 100)
+    monkeypatch.setattr(pe_rlhf_tables, "bare_bytes", lambda: 100)
 
 
 def test_each_arm_takes_its_best_rate_and_every_seed_is_trained(tmp_path: Path) -> None:
     cells = Known(tmp_path)
     found = drive(pe_rlhf.plan(SETTINGS), cells)
-    assert {name: one["reward_model"]["lr"] for name, one in found.figures.items()} == {
+    assert {name: one["reward_model"]["lr"] for name, one in found.figures["arms"].items()} == {
         "tiny/full": 2, "tiny/4": 2, "tiny/1": 2
     }  # fmt: skip
-    one, two, three = found.tables
+    one, two, three, differences = found.tables
     assert one.title.startswith("Table 1")
     rows = {row[0]: row[1] for row in one.rows}
-    assert rows["RM accuracy, full"] == "81.0 ± 1.0"
+    assert rows["RM accuracy, full"] == "81.2 ± 1.2"
     assert rows["RM accuracy, LoRA"] == "83.0 ± 1.0"
     assert rows["RM memory, LoRA / full"] == "39 %", "350 of 900 beyond the bare process"
-    assert rows["RL speed, LoRA / full"] == "1.50x"
-    assert two.rows[0] == ("vqa, tiny", "81.0 ± 1.0", "83.0 ± 1.0", "71.0 ± 1.0")
+    assert rows["RL speed, LoRA / full"] == "1.50x", "measurements left out"
+    assert two.rows[0] == ("vqa, tiny", "81.2 ± 1.2", "83.0 ± 1.0", "71.0 ± 1.0")
     assert two.header == ("", "full", "rank 4", "rank 1")
     assert three.rows[0][-1] == "50.0"
-    assert "83.0 ± 1.0 against 81.0 ± 1.0 of full tuning over 3 seeds: within the noise" in found.verdicts[0]
+    assert "LoRA of rank 4 83.0 ± 1.0 against 81.2 ± 1.2 of full tuning over 3 seeds: better (p = " in found.verdicts[0]
+    assert "LoRA of rank 1 71.0 ± 1.0 against 81.2 ± 1.2 of full tuning over 3 seeds: worse" in found.verdicts[1]
+    assert len(differences.rows) == 4
+    assert differences.rows[0][1:3] == ("LoRA of rank 4 less full tuning", "+1.8")
     trials = [name for name in cells.names if name.startswith("rm-tiny-full")]
     assert sorted(set(trials)) == [f"rm-tiny-full-lr{lr}" for lr in ("2-s0", "2-s1", "2-s2", "3-s0")]
 
@@ -95,19 +100,37 @@ def test_trials_are_compared_on_validation_data(tmp_path: Path) -> None:
     assert list(next(pe_rlhf.plan(own))[0].arguments).count("--rm.eval_every") == 1
 
 
+def test_figures_on_test_data_choose_nothing(tmp_path: Path) -> None:
+    class Turned(Known):
+        """Validation prefers the learning rate that is worse on test data."""
+
+        def outcome(self, cell: Any) -> Outcome:
+            found = super().outcome(cell)
+            path = found.folder / "metrics.jsonl"
+            if cell.name.startswith(("rm", "ppo")):
+                last = json.loads(path.read_text().splitlines()[-1])
+                turned = {key: 1 - value if key.startswith("eval/") else value for key, value in last.items()}
+                path.write_text("\n".join([*path.read_text().splitlines()[:-1], json.dumps(turned)]) + "\n")
+            return found
+
+    found = drive(pe_rlhf.plan(SETTINGS), Turned(tmp_path))
+    assert found.figures["arms"]["tiny/4"]["reward_model"]["lr"] == 1
+    assert found.figures["arms"]["tiny/4"]["policy"]["lr"] == 1
+
+
 def test_a_reward_that_knows_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "a")).verdicts) == 2
+    assert len(drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "a")).verdicts) == 4
     monkeypatch.setitem(FIGURES, "r4", 0.48)
     found = drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "b")).verdicts
-    assert "are not shown to be above chance" in found[2]
-    assert found[3] == "tiny: policies are below their anchor in 4."
+    assert "are not shown to be above chance" in found[4]
+    assert found[5] == "tiny: policies are below their anchor in 4."
 
 
 def test_holes_are_holes(tmp_path: Path) -> None:
     found = drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "a", missing="ppo-tiny-full"))
     rows = {row[0]: row[1] for row in found.tables[0].rows}
     assert (rows["RL, full"], rows["RL, LoRA"], rows["RL memory, LoRA / full"]) == ("-", "83.0 ± 1.0", "-")
-    assert "too few finished runs" in found.verdicts[1]
+    assert "too few finished runs" in found.verdicts[2]
     nothing = drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "b", missing="rm-"))
     assert {cell for row in nothing.tables[1].rows[:1] for cell in row[1:]} == {"-"}
 

@@ -244,8 +244,10 @@ class Judged(Checker):
     def _answer(self, example: Example, answer: str, library: Library) -> list[bool | None]:
         if not answer.strip():
             return []
-        said = self.endpoint.ask(self._split(prompt=dialogue(example), answer=answer), example.images)
-        claims = [line.strip(" -*\t") for line in said.splitlines() if line.strip(" -*\t")]
+        text = self._split(prompt=dialogue(example), answer=answer)
+        claims = _claims(self.endpoint.ask(text, example.images, lambda said: bool(_claims(said))))
+        if not claims:
+            return [None]  # it says NONE of an answer that claims nothing
         if [claim.strip(".").upper() for claim in claims] == ["NONE"]:
             return []
         return [self._claim(claim, library) for claim in claims]
@@ -257,6 +259,10 @@ class Judged(Checker):
             return False
         text = self._supported(source="\n\n".join(passages), claim=claim)
         return _yes(self.endpoint.ask(text, (), lambda said: _yes(said) is not None))
+
+
+def _claims(said: str) -> list[str]:
+    return [line.strip(" -*\t") for line in said.splitlines() if line.strip(" -*\t")]
 
 
 def _yes(said: str) -> bool | None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from perl_vlm import registry
@@ -20,10 +21,11 @@ from perl_vlm.train.compare import JUDGE, Answer
 from perl_vlm.train.judge import Judge, totals
 from perl_vlm.train.stage import Stage, spaced
 from perl_vlm.types import Example
+from perl_vlm_eval.evaluations.answers import Scorer, said_of
 from perl_vlm_eval.evaluations.base import Evaluation
-from perl_vlm_eval.evaluations.policy_figures import OWN_REWARD, Measured, Scorer, said_of
-from perl_vlm_eval.identity import Record, examples_of, reward_identity
-from perl_vlm_eval.judges import EndpointJudge, check_endpoint, instructions, is_endpoint
+from perl_vlm_eval.evaluations.policy_figures import OWN_REWARD, Measured
+from perl_vlm_eval.identity import Record, examples_of
+from perl_vlm_eval.judges import EndpointJudge, check_endpoint, instructions, is_endpoint, pairwise
 from perl_vlm_eval.opened import OpenRun
 from perl_vlm_eval.results import Findings
 
@@ -43,6 +45,8 @@ class PolicySettings:
     judges: tuple[str, ...] = ()
     """Who else says which answer is better: any reward that ppo.reward_model takes, such as the folder of a reward
     model that the policy was not trained on, or ``openai:URL#MODEL``."""
+    judge_prompt: str = ""
+    """A file with instructions of one's own for judges behind endpoints."""
     kl_prompts: int = 256
     """Sampled answers that the divergence from the anchor is measured on; 0 leaves it out."""
     best_of: int = 0
@@ -72,6 +76,8 @@ class Policies(Evaluation):
                 check_endpoint(judge)
             else:
                 parse_reward(judge)
+        if any(map(is_endpoint, settings.judges)):
+            pairwise(self._prompt)
 
     def records(self, opened: OpenRun) -> Sequence[Record]:
         """The examples of the split."""
@@ -91,15 +97,24 @@ class Policies(Evaluation):
 
     def depends_on(self, opened: OpenRun) -> str:
         """The judges' weights and instructions, and those of the reward that was trained on."""
-        judges = [judge if is_endpoint(judge) else reward_identity(judge) for judge in self.settings.judges]
-        return json.dumps([opened.own_reward_identity, judges, instructions("pairwise")])
+        judges = [judge if is_endpoint(judge) else opened.identity_of(judge) for judge in self.settings.judges]
+        return json.dumps([opened.own_reward_identity, judges, self._instructions])
+
+    @property
+    def _prompt(self) -> Path | None:
+        return Path(self.settings.judge_prompt).expanduser() if self.settings.judge_prompt else None
+
+    @property
+    def _instructions(self) -> str:
+        """What judges behind endpoints are told. Raises PerlVlmError where it cannot be read."""
+        return instructions("pairwise", self._prompt)
 
     def measure(self, opened: OpenRun) -> Findings:
         """Raises PerlVlmError where nothing can be decoded; a judge that fails is named among what is missing."""
         settings = self.settings
         stage, examples, answers = self._answered(opened)
         task = stage.task
-        measured = Measured(stage, examples, answers)
+        measured = Measured(stage, examples, answers, opened.kept)
         scorers: dict[str, Scorer] = {}
         if task is opened.task and task.environment() is None:
             with measured.told(OWN_REWARD):
@@ -111,18 +126,20 @@ class Policies(Evaluation):
         for given in settings.judges:
             with measured.told(given):
                 if is_endpoint(given):
-                    measured.compared_by(EndpointJudge(given, opened.judgements, stop=stage.stop.raise_if_requested))
+                    stop = stage.stop.raise_if_requested
+                    measured.compared_by(EndpointJudge(given, opened.judgements, own=self._prompt, stop=stop))
                     continue
                 judge = opened.judge(given, stage)
                 judge.check(examples)
                 name = judge.name if judge.name not in scorers else given
                 scorers[name] = partial(_judged, judge)
-                measured.scored_by(name, scorers[name], reward_identity(given))
+                measured.scored_by(name, scorers[name], opened.identity_of(given))
                 if judge.seen:
                     measured.warnings.append(f"the policy was trained to please {name}: its word is no evidence")
         decoded = [example for example in examples if not example.choices]
         if "policy" in answers and settings.kl_prompts and decoded:
-            measured.moved(spaced(decoded, settings.kl_prompts))
+            with measured.told("kl"):
+                measured.moved(spaced(decoded, settings.kl_prompts))
         if settings.best_of:
             with measured.told(f"best of {settings.best_of}"):
                 measured.best_of(settings.best_of, settings.best_of_prompts, decoded, scorers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,27 +21,26 @@ from perl_vlm.train.stage import Stage, spaced
 from perl_vlm.types import Example
 from perl_vlm_eval import statistics
 from perl_vlm_eval.best_of_n import best_of_n, divergence_of_best
-from perl_vlm_eval.identity import group_names, item_keys, thumbnail
+from perl_vlm_eval.evaluations.answers import Scorer, distinct, drawn, powers, said_of, scores_of
+from perl_vlm_eval.identity import data_hash, group_names, item_keys, thumbnail
 from perl_vlm_eval.judges import EndpointJudge
-from perl_vlm_eval.logs import asked
-from perl_vlm_eval.metrics.texts import ngrams, repeated
+from perl_vlm_eval.metrics.texts import repeated
 from perl_vlm_eval.results import Better, Chart, Figure, Findings, Items, Sample, Unit
 
 Array = NDArray[np.float64]
 
 SAMPLES_BY_CHANGE = {"gained": 6, "lost": 4, "same": 2}
+Keep = Callable[[str, Stage, "Sequence[str]", "Callable[[], Any]"], Any]
+"""``OpenRun.kept``."""
 OWN_REWARD = "reward"
 """What the reward is called that the policy was trained to please."""
-
-Scorer = Callable[[Sequence[Example], Sequence[Answer]], "list[float]"]
-"""Scores single answers."""
 
 
 class Measured:
     """Figures of answers as they come together."""
 
-    def __init__(self, stage: Stage, examples: Sequence[Example], answers: dict[str, list[Answer]]) -> None:
-        self.examples, self.answers = examples, answers
+    def __init__(self, stage: Stage, examples: Sequence[Example], answers: dict[str, list[Answer]], keep: Keep) -> None:
+        self.examples, self.answers, self._keep = examples, answers, keep
         self.stage, self.primary = stage, stage.task.primary_metric
         self.groups = group_names(examples)
         self.figures: dict[str, Figure] = {}
@@ -51,6 +51,8 @@ class Measured:
         self.scales: dict[str, str] = {}
         self.warnings: list[str] = []
         self.missing: list[str] = []
+        self._judged_by: list[str] = []
+        """The figures that hold what judges say."""
         self.last = "policy" if "policy" in answers else "anchor"
         """Whose figures have no prefix: those of the run that is measured."""
         shares = shares_of([one for own in answers.values() for one in own])
@@ -60,6 +62,7 @@ class Measured:
                 key, [self._column(key, label) for label in answers], "share" if key in shares else "number", better
             )
         self._kinds("share" if self.primary in shares else "number")
+        self._totals()
         self._writing()
 
     @contextmanager
@@ -71,13 +74,17 @@ class Measured:
             raise
         except PerlVlmError as error:
             self.missing.append(f"{what}: {error}")
+        except Exception as error:  # a task's, a judge's or a library's own
+            self.missing.append(f"{what}: {type(error).__name__}: {error}")
 
     def scored_by(self, name: str, scorer: Scorer, scale: str) -> None:
         """Scores by a reward, and the win rate by them."""
-        columns = _scores(scorer, self.examples, list(self.answers.values()))
+        columns = scores_of(scorer, self.examples, list(self.answers.values()))
         self._both(name, columns, "number", "higher")
         if name == OWN_REWARD:
             self.rewarded = columns
+        else:
+            self._judged_by += [f"gain/{name}", f"win_rate/{name}"]
         self.scales[name] = scale
         if len(columns) == 2:
             self._win_rate(name, wins(*columns))
@@ -88,32 +95,26 @@ class Measured:
         if len(self.answers) == 2:
             before, after = ([one.response for one in own] for own in self.answers.values())
             name = judge.name if f"win_rate/{judge.name}" not in self.figures else judge.endpoint.url
-            self._win_rate(name, np.asarray(judge.compare(self.examples, before, after)))
+            won = np.asarray(judge.compare(self.examples, before, after))
+            self._win_rate(name, won)
+            ahead = statistics.difference(1 - won, won, self.groups)
+            note = f"share of wins less that of losses; p = {ahead.p:.3g} ({ahead.test})"
+            self.figures[f"gain/wins/{name}"] = Figure(ahead, "share", "higher", note)
+            self._judged_by += [f"gain/wins/{name}", f"win_rate/{name}"]
             self.warnings += judge.warnings
 
-    @torch.no_grad()
     def moved(self, examples: Sequence[Example]) -> None:
         """Divergence from the anchor and entropy, exact over the vocabulary at every token of sampled answers."""
-        stage, config, rows = self.stage, self.stage.config.ppo, list[torch.Tensor]()
-        ended: list[float] = []
-        for block in stage.blocks(len(examples), stage.config.eval.batch_size):
-            rollout = sample(stage, "policy", [examples[place] for place in block], noise(stage, HELD_OUT, block))
-            mask = rollout.sequences.response_mask
-            out = stage.roles.logprobs(
-                "policy", rollout.sequences, temperature=config.temperature, min_new_tokens=config.min_new_tokens,
-                divergence="reverse_kl",
-            )  # fmt: skip
-            assert out.divergence is not None  # asked for
-            parts = ((out.divergence * mask).sum(1), (out.entropy * mask).sum(1) / mask.sum(1), mask.sum(1))
-            rows.append(torch.stack([part.float() for part in parts], dim=1))
-            ended += rollout.ended.float().tolist()
-        table, groups = stage.gathered(torch.cat(rows), len(examples)).double().numpy(), group_names(examples)
+        found = self._keep("kl", self.stage, [data_hash(examples)], lambda: _moved(self.stage, examples))
+        table, groups = np.asarray(found["rows"], dtype=np.float64), group_names(examples)
         note = "of a sampled answer, exact over the vocabulary"
         self.figures["kl"] = Figure(statistics.mean(table[:, 0], groups), "nats", None, note)
         self.figures["entropy"] = Figure(statistics.mean(table[:, 1], groups), "nats", None, "a token, when sampling")
         self.figures["ended"] = Figure(
-            statistics.share(ended, groups), "share", None, "sampled answers that ended by themselves"
+            statistics.share(found["ended"], groups), "share", None, "sampled answers that ended by themselves"
         )
+        known = {example.id: float(away) for example, away in zip(examples, table[:, 0], strict=True)}
+        self.values["kl"] = [known.get(example.id, float("nan")) for example in self.examples]
 
     def best_of(self, most: int, prompts: int, examples: Sequence[Example], scorers: Mapping[str, Scorer]) -> None:
         """Gold metric of the best of n samples, as the run's own reward or the first judge that scores chooses."""
@@ -121,27 +122,30 @@ class Measured:
             raise PerlVlmError("it needs a reward that scores single answers, and examples that are decoded")
         name, scorer = next(iter(scorers.items()))
         asked = spaced(examples, prompts)
-        groups, sizes = group_names(asked), _powers(most)
+        groups, depends = group_names(asked), [data_hash(asked), str(most), name, self.scales[name]]
         series: dict[str, list[tuple[float, float]]] = {}
-        for label in self.answers:
-            role = REFERENCE if label == "anchor" else "policy"
-            chosen_by, worth = _drawn(self.stage, role, asked, most, scorer, self.primary)
-            for n in sizes:
+        kept = {
+            label: self._keep(
+                "best-of", self.stage, [label, *depends],
+                partial(drawn, self.stage, REFERENCE if label == "anchor" else label, asked, most, scorer, self.primary),
+            )
+            for label in self.answers
+        }  # fmt: skip
+        for label, draws in kept.items():
+            chosen_by, worth = (np.asarray(side, dtype=np.float64).T for side in draws)
+            prefix = "" if label == self.last else f"{label}/"
+            for n in powers(most):
                 found = statistics.mean(best_of_n(chosen_by, worth, n), groups)
                 series.setdefault(f"{label}: {self.primary}", []).append((float(n), found.value))
-                if n == sizes[-1]:
-                    note = (
-                        f"the best of {n} samples by {name}; KL of best-of-n at most {divergence_of_best(n):.2f} nats"
-                    )
-                    prefix = "" if label == self.last else f"{label}/"
-                    self.figures[f"{prefix}best_of_{n}"] = Figure(found, self._unit(), "higher", note)
+                note = f"the best of {n} samples by {name}; KL of best-of-n at most {divergence_of_best(n):.2f} nats"
+                self.figures[f"{prefix}best_of_{n}"] = Figure(found, self._unit(), "higher", note)
         self.charts.append(
             Chart(f"Best of n by {name}", series, "n", "Unbiased, from all samples; temperature as in training.")
         )
 
     def findings(self) -> Findings:
         """All of it."""
-        heads = [f"gain/{self.primary}", self.primary, f"win_rate/{self.primary}", "kl", OWN_REWARD]
+        heads = [f"gain/{self.primary}", self.primary, f"win_rate/{self.primary}", "kl", OWN_REWARD, *self._judged_by]
         return Findings(
             figures=self.figures,
             headlines=[name for name in heads if name in self.figures],
@@ -211,32 +215,61 @@ class Measured:
                 gain = statistics.difference(columns[0], columns[1], groups)
                 self.figures[f"gain/{self.primary}/{kind}"] = Figure(gain, unit, "higher")
 
+    def _totals(self) -> None:
+        """The task's figures of a whole set that are no means of single ones, such as an F1."""
+        sides = {
+            label: [(example, one.judged) for example, one in zip(self.examples, own, strict=True)]
+            for label, own in self.answers.items()
+        }
+        found = {label: self.stage.task.totals(pairs) for label, pairs in sides.items()}
+
+        def measure(name: str, label: str, places: NDArray[np.int64]) -> float:
+            return self.stage.task.totals([sides[label][place] for place in places]).get(name, float("nan"))
+
+        def gain(name: str, places: NDArray[np.int64]) -> float:
+            return measure(name, "policy", places) - measure(name, "anchor", places)
+
+        for name in dict.fromkeys(name for own in found.values() for name in own):
+            having = [label for label in sides if name in found[label]]
+            figures = {
+                ("" if label == self.last else f"{label}/") + name: partial(measure, name, label) for label in having
+            }
+            if having == ["anchor", "policy"]:
+                figures[f"gain/{name}"] = partial(gain, name)
+            for figure, how in figures.items():
+                self.figures[figure] = Figure(statistics.jackknife(how, len(self.examples), self.groups))
+
     def _writing(self) -> None:
         """Length, diversity and repetition of what was decoded greedily."""
         ends = set(self.stage.roles.backbone.eos_ids)
         lengths: dict[str, list[float]] = {}
+        columns: dict[str, list[list[float]]] = {}
         for label, own in self.answers.items():
-            prefix = "" if label == self.last else f"{label}/"
             decoded = [place for place, one in enumerate(own) if not one.logprobs]
             if not decoded:
                 continue
-            groups = [self.groups[place] for place in decoded]
             texts = [own[place].response for place in decoded]
             lengths[label] = [float(len(own[place].tokens)) for place in decoded]
-            whole = [float(bool(own[place].tokens) and own[place].tokens[-1] in ends) for place in decoded]
-            figures = {
-                "response_tokens": Figure(statistics.mean(lengths[label], groups), "tokens"),
-                "ended_greedily": Figure(statistics.share(whole, groups), "share"),
-                "empty": Figure(statistics.share([float(not text.strip()) for text in texts], groups), "share"),
-                "repeated": Figure(
-                    statistics.share([float(one) for one in repeated(texts)], groups), "share", None,
-                    "answers that another prompt got too",
-                ),
-            }  # fmt: skip
+            parts = {
+                "response_tokens": lengths[label],
+                "ended_greedily": [
+                    float(bool(own[place].tokens) and own[place].tokens[-1] in ends) for place in decoded
+                ],
+                "empty": [float(not text.strip()) for text in texts],
+                "repeated": [float(one) for one in repeated(texts)],
+            }
+            for name, values in parts.items():
+                column = np.full(len(own), np.nan)
+                column[decoded] = values
+                columns.setdefault(name, []).append(column.tolist())
+            prefix, groups = "" if label == self.last else f"{label}/", [self.groups[place] for place in decoded]
             for n in (1, 2):
-                found = statistics.jackknife(_distinct(texts, n), len(texts), groups, within=(0.0, 1.0))
-                figures[f"distinct_{n}"] = Figure(found, note="over all answers together")
-            self.figures |= {prefix + name: figure for name, figure in figures.items()}
+                found = statistics.jackknife(distinct(texts, n), len(texts), groups, within=(0.0, 1.0))
+                self.figures[f"{prefix}distinct_{n}"] = Figure(found, note="over all answers together")
+        for name, each in columns.items():
+            # A task may have a figure of this name itself, such as the tokens of summaries.
+            if name not in self.values and len(each) == len(self.answers):
+                self._both(name, each, "tokens" if name == "response_tokens" else "share", None)
         if lengths:
             self.charts.append(Chart("Length of the answers", lengths, note="In tokens, the end included."))
 
@@ -265,72 +298,24 @@ class Measured:
         )
 
 
-def said_of(examples: Sequence[Example], answers: Mapping[str, Sequence[Answer]]) -> list[dict[str, Any]]:
-    """[n] what was asked, and what each side answered and what the task makes of that."""
-    return [
-        {
-            **asked(example), "reference": example.reference,
-            **{label: {"response": own[place].response, **own[place].judged} for label, own in answers.items()},
-        }
-        for place, example in enumerate(examples)
-    ]  # fmt: skip
-
-
-def _distinct(texts: Sequence[str], n: int) -> Callable[[NDArray[np.int64]], float]:
-    """Distinct n-grams of some of the texts, which are cut once."""
-    known: dict[tuple[str, ...], int] = {}
-    cut = [np.array([known.setdefault(gram, len(known)) for gram in ngrams(text, n)], dtype=np.int64) for text in texts]
-
-    def measure(places: NDArray[np.int64]) -> float:
-        grams = np.concatenate([cut[place] for place in places]) if len(places) else np.zeros(0)
-        return len(np.unique(grams)) / len(grams) if len(grams) else float("nan")
-
-    return measure
+@torch.no_grad()
+def _moved(stage: Stage, examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """``rows``: of a sampled answer to each example its divergence and mean entropy a token, in nats; ``ended``."""
+    config, rows, ended = stage.config.ppo, list[torch.Tensor](), list[float]()
+    for block in stage.blocks(len(examples), stage.config.eval.batch_size):
+        rollout = sample(stage, "policy", [examples[place] for place in block], noise(stage, HELD_OUT, block))
+        mask = rollout.sequences.response_mask
+        out = stage.roles.logprobs(
+            "policy", rollout.sequences, temperature=config.temperature, min_new_tokens=config.min_new_tokens,
+            divergence="reverse_kl",
+        )  # fmt: skip
+        assert out.divergence is not None  # asked for
+        parts = ((out.divergence * mask).sum(1), (out.entropy * mask).sum(1) / mask.sum(1))
+        rows.append(torch.stack([part.float() for part in parts], dim=1))
+        ended += rollout.ended.float().tolist()
+    return {"rows": stage.gathered(torch.cat(rows), len(examples)).double().tolist(), "ended": ended}
 
 
 def _right(judged: float) -> bool | None:
     """One that is right in part is neither right nor wrong."""
     return True if judged >= 1.0 else False if judged <= 0.0 else None
-
-
-def _powers(most: int) -> list[int]:
-    """1, 2, 4, ... and the most."""
-    return sorted({*(2**k for k in range(most.bit_length()) if 2**k <= most), most})
-
-
-@torch.no_grad()
-def _drawn(
-    stage: Stage, role: str, examples: Sequence[Example], count: int, scorer: Scorer, primary: str
-) -> tuple[Array, Array]:
-    """[P, N] scores and judgements by the task of N samples to each prompt."""
-    draws: list[list[Answer]] = []
-    for draw in range(count):
-        own: list[Answer] = []
-        for block in stage.blocks(len(examples), stage.config.eval.batch_size):
-            part = [examples[place] for place in block]
-            rollout = sample(stage, role, part, noise(stage, HELD_OUT, block, turn=draw + 1))
-            width, mask = rollout.sequences.prompt_width, rollout.sequences.response_mask
-            rows = rollout.sequences.input_ids[:, width:]
-            for row, (example, text) in enumerate(zip(part, rollout.texts, strict=True)):
-                judged = stage.task.evaluate(example, text)
-                own.append(Answer(text, rows[row][mask[row]].tolist(), judged))
-        draws.append(own)
-    worth = [[one.judged[primary] for one in own] for own in draws]
-    return np.asarray(_scores(scorer, examples, draws)).T, np.asarray(worth).T
-
-
-def _scores(scorer: Scorer, examples: Sequence[Example], sides: Sequence[Sequence[Answer]]) -> list[list[float]]:
-    """[S][n] scores of S answers to each example. They stand beside each other, so that the prompt is read once, and
-    equal ones are scored once: they have equal scores to the last digit."""
-    asked: list[Example] = []
-    given: list[Answer] = []
-    rows: dict[tuple[int, tuple[int, ...]], int] = {}
-    for place, example in enumerate(examples):
-        for side in sides:
-            key = place, tuple(side[place].tokens)
-            if key not in rows:
-                rows[key] = len(given)
-                asked.append(example)
-                given.append(side[place])
-    found = scorer(asked, given)
-    return [[found[rows[place, tuple(one.tokens)]] for place, one in enumerate(side)] for side in sides]

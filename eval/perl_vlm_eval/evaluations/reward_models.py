@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,13 +17,15 @@ from perl_vlm.train.scoring import Feedback, FeedbackScores, score_feedback
 from perl_vlm.types import Comparison, Rating
 from perl_vlm_eval import statistics
 from perl_vlm_eval.evaluations.base import Evaluation
-from perl_vlm_eval.identity import Record, chosen, group_names, item_keys, thumbnail
+from perl_vlm_eval.identity import Record, basis, group_names, item_keys, thumbnail
 from perl_vlm_eval.logs import asked
 from perl_vlm_eval.metrics.calibration import bins_of, calibration_error, noise_floor
 from perl_vlm_eval.opened import OpenRun
 from perl_vlm_eval.results import Chart, Figure, Findings, Items, Sample
 
 Array = NDArray[np.float64]
+Blinded = tuple[Sequence[int], FeedbackScores]
+"""The places of the records whose pictures could be taken away in one way, and how they were scored then."""
 
 MAX_SLICES = 24
 """Values of one metadata key that are slices; with more of them it is rather an id."""
@@ -60,7 +62,7 @@ class RewardModels(Evaluation):
 
     def records(self, opened: OpenRun) -> Sequence[Record]:
         """The preferences of the split."""
-        return chosen(opened.task, opened.task.preferences(self.settings.split), self.settings.limit)
+        return basis(opened.task, opened.task.preferences(self.settings.split), self.settings.limit)
 
     def measure(self, opened: OpenRun) -> Findings:
         """Raises PerlVlmError where the split has no preferences."""
@@ -69,21 +71,20 @@ class RewardModels(Evaluation):
         if not records:
             raise PerlVlmError(f"task {opened.task.name} has no {self.settings.split} preferences to measure it on")
         found = score_feedback(stage, names, records)
-        blinded: dict[str, tuple[list[int], Array]] = {}
-        if self.settings.blind and any(record.images for record in records):
-            for how in BLINDINGS:
-                changed = without_sight(records, how)
-                if changed:
-                    places = {record.id: place for place, record in enumerate(records)}
-                    own = [places[record.id] for record in changed]
-                    blinded[how] = own, score_feedback(stage, names, changed).correct.double().numpy()
+        blinded: dict[str, Blinded] = {}
+        seeing = [record for record in records if record.images] if self.settings.blind else []
+        places = {record.id: place for place, record in enumerate(records)}
+        for how in BLINDINGS if seeing else ():
+            changed = without_sight(seeing, how)
+            if changed:
+                blinded[how] = [places[record.id] for record in changed], score_feedback(stage, names, changed)
         return findings(records, found, blinded, self.settings, pairs=opened.task.reward_head().kind == "pairs")
 
 
 def findings(
     records: Sequence[Feedback],
     found: FeedbackScores,
-    blinded: Mapping[str, tuple[Sequence[int], Array]],
+    blinded: Mapping[str, Blinded],
     settings: RewardModelSettings,
     *,
     pairs: bool,
@@ -91,8 +92,7 @@ def findings(
     """All figures of scored records.
 
     Args:
-        blinded: by what was done to the pictures, the places of the records it could be done to, and which of them were
-            told right then.
+        blinded: by what was done to the pictures.
         pairs: whether records are comparisons.
     """
     groups, right = group_names(records), found.correct.double().numpy()
@@ -106,6 +106,8 @@ def findings(
     figures |= _calibration(confident, outcome, groups, settings.bins)
     figures |= _lengths(found, groups, pairs)
     figures |= _grounding(right, blinded, groups)
+    for how, (places, without) in blinded.items():
+        figures |= _blindly(how, without, labels[list(places)], [groups[place] for place in places], settings.bins)
     figures |= _ensemble(odds, right, groups)
     figures |= _slices(name, records, right, groups, settings.slices)
     sides = ("right", "wrong")
@@ -119,6 +121,12 @@ def findings(
             note="Above zero the reward model is right; in nats.",
         ),
     ]
+    if blinded:
+        series = {"as it is": margins.tolist()}
+        for how, (places, without) in blinded.items():
+            blind = without.raw.double().numpy().mean(axis=1)
+            series[how] = (blind if pairs else np.where(labels[list(places)], blind, -blind)).tolist()
+        charts.append(Chart("Margins by what was done to the pictures", series, note="Of the same records; in nats."))
     return Findings(
         figures=figures,
         headlines=[one for one in (name, "auc", "ece", "gain_from_pictures_blank") if one in figures],
@@ -171,6 +179,8 @@ def _calibration(confident: Array, outcome: Array, groups: Sequence[str], bins: 
     floor = noise_floor(confident, bins)
     note = f"a perfectly calibrated model of these confidences shows up to {100 * floor:.1f} % on as many items"
     found = statistics.jackknife(measure, len(outcome), groups, within=(0.0, 1.0))
+    if found.low is not None and found.value <= floor:  # what perfect calibration shows too
+        found = replace(found, low=0.0)
     return {"ece": Figure(found, "share", "lower", note)}
 
 
@@ -195,24 +205,36 @@ def _lengths(found: FeedbackScores, groups: Sequence[str], pairs: bool) -> dict[
     return figures
 
 
-def _grounding(
-    right: Array, blinded: Mapping[str, tuple[Sequence[int], Array]], groups: Sequence[str]
-) -> dict[str, Figure]:
-    """Accuracy without sight, what sight adds on the same records, and the share that is right without it however it
-    was taken."""
+def _grounding(right: Array, blinded: Mapping[str, Blinded], groups: Sequence[str]) -> dict[str, Figure]:
+    """Accuracy without sight, what sight adds on the same records, and of those that sight could be taken from in every
+    way the share that is right without it all the same."""
     figures: dict[str, Figure] = {}
-    blindly = np.ones(len(right))
-    for how, (places, without) in blinded.items():
+    blindly, times = np.ones(len(right)), np.zeros(len(right))
+    for how, (places, found) in blinded.items():
+        without = found.correct.double().numpy()
         own, together = right[list(places)], [groups[place] for place in places]
         figures[f"accuracy_{how}_pictures"] = Figure(statistics.share(without, together), "share")
         gain = statistics.difference(without, own, together)
         figures[f"gain_from_pictures_{how}"] = Figure(gain, "share", "higher", f"p = {gain.p:.3g} ({gain.test})")
         blindly[list(places)] *= without == 1
-    if blinded:
-        figures["solvable_blind"] = Figure(
-            statistics.share(blindly, groups), "share", None, "right with pictures blank, shuffled and swapped alike"
-        )
+        times[list(places)] += 1
+    every = np.flatnonzero(times == len(blinded)) if blinded else np.zeros(0, dtype=np.int64)
+    if every.size:
+        found_blind = statistics.share(blindly[every], [groups[int(place)] for place in every])
+        note = f"right with pictures {', '.join(blinded)} alike"
+        figures["solvable_blind"] = Figure(found_blind, "share", None, note)
     return figures
+
+
+def _blindly(
+    how: str, found: FeedbackScores, labels: NDArray[np.bool_], groups: Sequence[str], bins: int
+) -> dict[str, Figure]:
+    """Calibration without sight, and of labels the AUC."""
+    pairs = found.scores.shape[1] == 2
+    figures = _calibration(*_confidence(found.raw.double().numpy(), labels, pairs), groups, bins)
+    if not pairs and 0 < labels.sum() < len(labels):
+        figures["auc"] = Figure(_area(found.logits.double().numpy(), labels, groups))
+    return {f"{name}_{how}_pictures": figure for name, figure in figures.items()}
 
 
 def _ensemble(odds: Array, right: Array, groups: Sequence[str]) -> dict[str, Figure]:

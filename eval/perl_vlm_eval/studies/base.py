@@ -11,7 +11,7 @@ from perl_vlm.cli_parse import parse
 from perl_vlm.config import RunConfig
 from perl_vlm.config.checks import require
 from perl_vlm.report.html import Curve, Table
-from perl_vlm_eval.statistics import Seeds
+from perl_vlm_eval.seeds import Seeds
 from perl_vlm_eval.studies.cells import Outcome, StudyCell
 
 Plan = Generator[Sequence[StudyCell], Mapping[str, Outcome], "StudyFindings"]

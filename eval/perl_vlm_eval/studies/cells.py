@@ -76,6 +76,14 @@ class Outcome:
         """The figures of its summary."""
         return self.summary.get("metrics", {})
 
+    @property
+    def seconds(self) -> float | None:
+        """What it took; of a suite's results the sum over its cells."""
+        if "cells" in self.summary:
+            return sum(cell["seconds"] for cell in self.summary["cells"])
+        found: float | None = self.summary.get("seconds")
+        return found
+
     def log(self, stage: str) -> list[dict[str, Any]]:
         """What a stage of it logged."""
         return [line for line in read_log(RunDir(self.folder).metrics) if line.get("stage") == stage]
@@ -206,7 +214,10 @@ def bare_bytes() -> int:
     allocator counts for itself."""
     if torch.cuda.is_available():
         return 0
-    code = "import perl_vlm.train.pipeline as p, torch; print(p.peak_memory_bytes(torch.device('cpu')) or 0)"
+    code = (
+        "import perl_vlm.train.pipeline, perl_vlm.train.costs as costs, torch; "
+        "print(costs.peak_memory_bytes(torch.device('cpu')) or 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
     return int(done.stdout.split()[-1])
 

@@ -16,6 +16,7 @@ from perl_vlm import __version__, registry
 from perl_vlm.cli_parse import flags_help, typed_values
 from perl_vlm.cli_settings import UsageError, settings_of
 from perl_vlm.errors import PerlVlmError
+from perl_vlm_eval.command import one_process
 
 if TYPE_CHECKING:
     from perl_vlm_eval.studies import Study
@@ -49,6 +50,7 @@ def study(argv: Sequence[str]) -> int:
         print(flags_help(settings_of(kind.settings(), docs=True)))
         print("  --out FOLDER, --parallel N|GPU,GPU,...; what stands after a lone -- goes to every cell")
         return 0
+    one_process(STUDY)
     settings, own = _parsed(kind, name, given)
     registry.find(settings.task)
     out = Path(own.get("out", f"results/{name}-{settings.task}"))
@@ -143,7 +145,7 @@ def _write(
     from perl_vlm_eval.results import to_json
 
     cells = {
-        cell: {"done": outcome.done, "why": outcome.why, "seconds": outcome.summary.get("seconds")}
+        cell: {"done": outcome.done, "why": outcome.why, "seconds": outcome.seconds}
         for cell, outcome in outcomes.items()
     }
     content = {

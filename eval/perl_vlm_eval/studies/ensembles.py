@@ -12,8 +12,9 @@ import numpy as np
 
 from perl_vlm.config.checks import require
 from perl_vlm.report.html import Curve, Table
-from perl_vlm_eval.statistics import Seeds, over_seeds
+from perl_vlm_eval.seeds import over_seeds
 from perl_vlm_eval.studies.base import Plan, StudyFindings, StudySettings, cell, even_start, spread
+from perl_vlm_eval.studies.differences import BySeed, Compared, figures_of, sentences, table_of, tested
 from perl_vlm_eval.studies.ways import Way, followed
 
 Start = Mapping[str, str]
@@ -46,7 +47,7 @@ class EnsembleSettings(StudySettings):
 
 def plan(settings: EnsembleSettings) -> Plan:
     """See ``studies.base.Plan``."""
-    ways: dict[tuple[str, str], list[Way]] = {}
+    ways: dict[tuple[str, str], Mapping[int, Way]] = {}
     for model in settings.models:
         base = PurePath(model).name
         reward = cell(settings, f"rm-{base}", "rm", model, {"rm.members": settings.members, "seed": 0})
@@ -68,56 +69,54 @@ def plan(settings: EnsembleSettings) -> Plan:
     return _findings(settings, ways)
 
 
-def _findings(settings: EnsembleSettings, ways: Mapping[tuple[str, str], Sequence[Way]]) -> StudyFindings:
-    rows, figures, curves, said = [], dict[str, Any](), [], []
+def _findings(settings: EnsembleSettings, ways: Mapping[tuple[str, str], Mapping[int, Way]]) -> StudyFindings:
+    rows, figures, curves = [], dict[str, Any](), []
+    comparisons: list[Compared] = []
+    share = all(way.share for own in ways.values() for way in own.values())
     for model in settings.models:
         own = {how: ways[model, how] for how in settings.combinations if ways[model, how]}
-        figures |= {f"{model}/{how}": [vars(way) for way in each] for how, each in own.items()}
+        figures |= {f"{model}/{how}": {str(seed): vars(way) for seed, way in each.items()} for how, each in own.items()}
         # As far as every arm went: beyond, one would be held against a guess.
-        matched = min((max(way.kl) for each in own.values() for way in each), default=0.0)
-        at = {how: over_seeds([way.gold_at(matched) for way in each]) for how, each in own.items()}
+        matched = min((max(way.kl) for each in own.values() for way in each.values()), default=0.0)
+        at: dict[str, BySeed] = {
+            how: {seed: way.gold_at(matched) for seed, way in each.items()} for how, each in own.items()
+        }
         for how in settings.combinations:
-            rows.append((f"{PurePath(model).name}, {how}", *_row(own.get(how, []), at.get(how))))
+            rows.append((f"{PurePath(model).name}, {how}", *_row(list(own.get(how, {}).values()), at.get(how))))
         if own:
             grid = np.linspace(0, matched**0.5, 9) ** 2
             series = {
-                how: [(float(kl) ** 0.5, float(np.mean([way.gold_at(kl) for way in each]))) for kl in grid]
+                how: [(float(kl) ** 0.5, float(np.mean([way.gold_at(kl) for way in each.values()]))) for kl in grid]
                 for how, each in own.items()
             }
             title = f"{PurePath(model).name}: gold at matched KL"
             curves.append(Curve(title, "square root of the exact KL, in nats", series, "Means over seeds."))
-            said.append(_verdict(model, at, matched))
+        if SINGLE in settings.combinations:
+            what = f"{model}, gold at a KL of {matched:.2f} nats"
+            comparisons += [
+                Compared(what, "a single reward model", how, at.get(SINGLE, {}), at.get(how, {}), share)
+                for how in settings.combinations
+                if how != SINGLE
+            ]
+    compared = tested(comparisons)
     header = ("arm", "gold at matched KL", "best gold on the way", "gold at the end", "KL at the end", "seeds")
     note = (
-        "Percent, mean and standard deviation over seeds, on held-out prompts. The matched KL is as far as every arm "
-        "of a base went; between measured points gold is taken along straight lines over the KL's square root. Best on "
-        "the way is the best of several points, by luck too. The ensemble is trained once; seeds are of the policies, "
-        "and a single reward model is another member with each."
+        f"Mean and standard deviation over seeds{', gold in percent' if share else ''}, on held-out prompts. The "
+        "matched KL is as far as every arm of a base went; between measured points gold is taken along straight lines "
+        "over the KL's square root. Best on the way is the best of several points, by luck too. The ensemble is "
+        "trained once; seeds are of the policies, and a single reward model is another member with each."
     )
-    return StudyFindings([Table("Ensembles of reward models", header, rows, note)], curves, said, figures)
+    tables = [Table("Ensembles of reward models", header, rows, note), table_of(compared)]
+    return StudyFindings(tables, curves, sentences(compared), {"arms": figures, "differences": figures_of(compared)})
 
 
-def _row(ways: Sequence[Way], matched: Seeds | None) -> tuple[str, ...]:
-    if not ways or matched is None:
+def _row(ways: Sequence[Way], matched: BySeed | None) -> tuple[str, ...]:
+    if not ways or not matched:
         return ("-",) * 4 + ("0",)
+    scale = 100.0 if all(way.share for way in ways) else 1.0
     columns = (
-        matched, over_seeds([max(way.gold) for way in ways]), over_seeds([way.gold[way.end] for way in ways]),
+        over_seeds(list(matched.values())), over_seeds([max(way.gold) for way in ways]),
+        over_seeds([way.gold[way.end] for way in ways]),
     )  # fmt: skip
     kl = over_seeds([way.kl[way.end] for way in ways])
-    return (*(spread(one) for one in columns), spread(kl, 1.0), str(len(ways)))
-
-
-def _verdict(model: str, at: Mapping[str, Seeds], matched: float) -> str:
-    """Whether any combination beats the single model at the same divergence, beyond the noise of the seeds."""
-    single, others = at.get(SINGLE), {how: found for how, found in at.items() if how != SINGLE}
-    if single is None or not others:
-        return f"{model}: too few finished arms to compare."
-    best = max(others, key=lambda how: others[how].mean)
-    ends = (
-        f"{model}: at a KL of {matched:.2f} nats the best combination is {best}, {100 * others[best].mean:.1f} % gold "
-        f"against {100 * single.mean:.1f} % of a single reward model"
-    )
-    low, high = others[best].low, single.high
-    if low is None or high is None:
-        return f"{ends}; of one seed nothing is known of its spread."
-    return f"{ends}: " + ("beyond the noise of the seeds." if low > high else "within the noise of the seeds.")
+    return (*(spread(one, scale) for one in columns), spread(kl, 1.0), str(len(ways)))

@@ -9,22 +9,17 @@ tuned.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
 from perl_vlm import registry
 from perl_vlm.config.checks import require
-from perl_vlm.report.html import Table
-from perl_vlm_eval.statistics import Seeds, over_seeds
-from perl_vlm_eval.studies.base import Plan, StudyFindings, StudySettings, cell, even_start, measured_on_the_way, spread
-from perl_vlm_eval.studies.cells import Outcome, StudyCell, bare_bytes
-from perl_vlm_eval.studies.published_figures import MAIN, MAIN_COLUMNS, POLICY_RANKS, REWARD_RANKS
-
-FULL = "full"
-CHANCE = 0.5
-"""Of telling which response of a pair is better."""
-_ACCURACIES = ("reward_model/pair_accuracy", "reward_model/label_accuracy")
+from perl_vlm_eval.results import to_json
+from perl_vlm_eval.studies.base import Plan, StudyFindings, StudySettings, cell, even_start, measured_on_the_way
+from perl_vlm_eval.studies.cells import Outcome, StudyCell
+from perl_vlm_eval.studies.differences import Compared, figures_of, sentences, table_of, tested
+from perl_vlm_eval.studies.pe_rlhf_tables import ACCURACIES, FULL, Arm, Results, cautions, main_table, rank_tables
 
 
 @dataclass(frozen=True)
@@ -63,46 +58,45 @@ class PeRlhfSettings(StudySettings):
         return str(sorted(self.ranks)[len(self.ranks) // 2])
 
 
-@dataclass(frozen=True)
-class _Arm:
-    """One way of tuning one base, trained with its best learning rate."""
-
-    lr: float | None
-    """None where no trial was finished."""
-    runs: Sequence[Outcome]
-    """One for each seed."""
-
-
 def plan(settings: PeRlhfSettings) -> Plan:
     """See ``studies.base.Plan``."""
     primary = registry.load(settings.task).primary_metric
-    rewards: dict[tuple[str, str], _Arm] = {}
-    policies: dict[tuple[str, str], _Arm] = {}
-    anchors: dict[str, list[float]] = {}
-    judged: dict[tuple[str, str], list[Outcome]] = {}
+    rewards: dict[tuple[str, str], Arm] = {}
+    policies: dict[tuple[str, str], Arm] = {}
+    anchors: dict[str, float] = {}
     for model in settings.models:
         for arm in settings.arms:
             lrs = settings.rm_full_lrs if arm == FULL else settings.rm_lrs
-            rewards[model, arm] = yield from _searched(settings, "rm", model, arm, lrs, {})
+            found = yield from _searched(settings, "rm", model, arm, lrs, {})
+            known = {seed: _accuracy(run) for seed, run in enumerate(found.runs) if run.done}
+            figure = {seed: value for seed, value in known.items() if value is not None}
+            rewards[model, arm] = replace(found, figure=figure)
         best = rewards[model, settings.middle].runs
         reward = next((run for run in best if run.done), None)
         for arm in settings.arms:
             if reward is None:
-                policies[model, arm], judged[model, arm] = _Arm(None, ()), []
+                policies[model, arm] = Arm()
                 continue
             lrs = settings.ppo_full_lrs if arm == FULL else settings.ppo_lrs
             options = {"ppo.reward_model": reward.folder, **even_start(settings, model)}
-            policies[model, arm] = yield from _searched(settings, "ppo", model, arm, lrs, options)
-            judged[model, arm] = yield from _judged(settings, model, arm, policies[model, arm])
-        anchors[model] = [
-            run.metrics[f"anchor/{primary}"] for arm in settings.arms for run in judged[model, arm] if run.done
-        ][:1]
-    return _findings(settings, primary, rewards, policies, judged, anchors)
+            found = yield from _searched(settings, "ppo", model, arm, lrs, options)
+            judged = yield from _judged(settings, model, arm, found)
+            done = {seed: run for seed, run in judged.items() if run.done}
+            figure = {seed: run.metrics[f"policy/{primary}"] for seed, run in done.items()}
+            policies[model, arm] = replace(found, figure=figure)
+            for run in done.values():
+                anchors.setdefault(model, run.metrics[f"anchor/{primary}"])
+    return _findings(
+        Results(
+            settings.task, settings.models, settings.arms, settings.middle, settings.seeds, rewards, policies, anchors
+        ),
+        primary,
+    )
 
 
 def _searched(
     settings: PeRlhfSettings, verb: str, model: str, arm: str, lrs: Sequence[float], options: Mapping[str, Any]
-) -> Generator[Sequence[StudyCell], Mapping[str, Outcome], _Arm]:
+) -> Generator[Sequence[StudyCell], Mapping[str, Outcome], Arm]:
     """The trials of an arm, then every seed with the best learning rate."""
 
     measured = measured_on_the_way(settings, verb, model)
@@ -116,11 +110,11 @@ def _searched(
     done = yield list(trials.values())
     keys = {lr: _on_validation(done[trial.name], verb) for lr, trial in trials.items() if done[trial.name].done}
     if not keys:
-        return _Arm(None, ())
+        return Arm()
     lr = max(keys, key=lambda one: keys[one])
     seeds = [one(lr, seed) for seed in range(settings.seeds)]
     done = yield seeds
-    return _Arm(lr, [done[each.name] for each in seeds])
+    return Arm(lr, [done[each.name] for each in seeds])
 
 
 def _on_validation(run: Outcome, verb: str) -> tuple[float, ...]:
@@ -134,189 +128,49 @@ def _on_validation(run: Outcome, verb: str) -> tuple[float, ...]:
 
 
 def _judged(
-    settings: PeRlhfSettings, model: str, arm: str, trained: _Arm
-) -> Generator[Sequence[StudyCell], Mapping[str, Outcome], list[Outcome]]:
-    cells = [
-        cell(
+    settings: PeRlhfSettings, model: str, arm: str, trained: Arm
+) -> Generator[Sequence[StudyCell], Mapping[str, Outcome], dict[int, Outcome]]:
+    """The policies' figures on test data, by seed."""
+    cells = {
+        seed: cell(
             settings, f"eval-{_plain(model)}-{arm}-s{seed}", "eval", model,
             {"eval.policy": run.folder, "seed": seed, **({"tuning": "full"} if arm == FULL else {})},
         )
         for seed, run in enumerate(trained.runs)
         if run.done
-    ]  # fmt: skip
-    done = yield cells
-    return [done[each.name] for each in cells]
+    }  # fmt: skip
+    done = yield list(cells.values())
+    return {seed: done[each.name] for seed, each in cells.items()}
 
 
-def _findings(
-    settings: PeRlhfSettings,
-    primary: str,
-    rewards: Mapping[tuple[str, str], _Arm],
-    policies: Mapping[tuple[str, str], _Arm],
-    judged: Mapping[tuple[str, str], Sequence[Outcome]],
-    anchors: Mapping[str, Sequence[float]],
-) -> StudyFindings:
-    figures: dict[str, Any] = {}
-    reward_table: dict[tuple[str, str], Seeds | None] = {}
-    policy_table: dict[tuple[str, str], Seeds | None] = {}
-    for model in settings.models:
-        for arm in settings.arms:
-            trained = rewards[model, arm]
-            accuracies = [_accuracy(run) for run in trained.runs if run.done]
-            reward_table[model, arm] = _summed([value for value in accuracies if value is not None])
-            known = [run.metrics[f"policy/{primary}"] for run in judged[model, arm] if run.done]
-            policy_table[model, arm] = _summed(known)
-            figures[f"{model}/{arm}"] = {
-                "reward_model": {"lr": trained.lr, **_plain_seeds(reward_table[model, arm])},
-                "policy": {"lr": policies[model, arm].lr, **_plain_seeds(policy_table[model, arm])},
-            }
-    tables = [
-        _main(settings, reward_table, policy_table, rewards, policies),
-        _by_rank("Table 2: reward models, accuracy by rank", settings, reward_table, REWARD_RANKS, {}),
-        _by_rank("Table 3: policies, the task's metric by rank", settings, policy_table, POLICY_RANKS, anchors),
-    ]
-    verdicts = _verdicts(settings, reward_table, policy_table)
-    verdicts += _cautions(settings, rewards, reward_table, policy_table, anchors)
-    return StudyFindings(tables, (), verdicts, figures)
-
-
-def _main(
-    settings: PeRlhfSettings,
-    reward_table: Mapping[tuple[str, str], Seeds | None],
-    policy_table: Mapping[tuple[str, str], Seeds | None],
-    rewards: Mapping[tuple[str, str], _Arm],
-    policies: Mapping[tuple[str, str], _Arm],
-) -> Table:
-    """Table 1's rows, ours in the first columns, the paper's in the others."""
-    middle = settings.middle
-    ours: dict[str, list[str]] = {name: [] for name in MAIN}
-    for model in settings.models:
-        for kind, table, arms, title in (
-            ("RM", reward_table, rewards, "RM accuracy"), ("RL", policy_table, policies, "RL"),
-        ):  # fmt: skip
-            ours[f"{title}, full"].append(spread(table[model, FULL]))
-            ours[f"{title}, LoRA"].append(spread(table[model, middle]))
-            stage = "rm" if kind == "RM" else "ppo"
-            memory, speed = _ratios(arms[model, middle], arms[model, FULL], stage)
-            ours[f"{kind} memory, LoRA / full"].append("-" if memory is None else f"{100 * memory:.0f} %")
-            ours[f"{kind} speed, LoRA / full"].append("-" if speed is None else f"{speed:.2f}x")
-    rows = [
-        (name, *ours[name], *(_paper(name, theirs.get(column)) for column in MAIN_COLUMNS))
-        for name, theirs in MAIN.items()
-    ]
-    header = ("", *(f"{settings.task}, {PurePath(model).name}" for model in settings.models))
-    note = (
-        f"LoRA is rank {middle}; ours is mean and standard deviation over {settings.seeds} seeds, the paper's one run "
-        "(its LoRA the best of several ranks) on other models and data. Memory is the peak beyond the bare process on "
-        "a CPU, what torch allocated on a GPU; speed is of training steps, sampling included in RL."
-    )
-    return Table("Table 1: LoRA against full tuning", (*header, *(f"paper: {one}" for one in MAIN_COLUMNS)), rows, note)
-
-
-def _by_rank(
-    title: str,
-    settings: PeRlhfSettings,
-    table: Mapping[tuple[str, str], Seeds | None],
-    published: Mapping[str, Mapping[str, float]],
-    anchors: Mapping[str, Sequence[float]],
-) -> Table:
-    names = [*settings.arms, *(["anchor"] if anchors else [])]
-    rows = []
-    for model in settings.models:
-        own = [spread(table[model, arm]) for arm in settings.arms]
-        if anchors:
-            own.append(f"{100 * anchors[model][0]:.1f}" if anchors[model] else "-")
-        rows.append((f"{settings.task}, {PurePath(model).name}", *own))
-    rows += [
-        (f"paper: {column}", *(f"{values[name]:g}" if name in values else "-" for name in names))
-        for column, values in published.items()
-    ]
-    header = ("", *(name if name in (FULL, "anchor") else f"rank {name}" for name in names))
-    return Table(title, header, rows, f"Percent; mean and standard deviation over {settings.seeds} seeds.")
-
-
-def _verdicts(
-    settings: PeRlhfSettings,
-    reward_table: Mapping[tuple[str, str], Seeds | None],
-    policy_table: Mapping[tuple[str, str], Seeds | None],
-) -> list[str]:
-    """LoRA of the middle rank against full tuning, in words: apart only where their intervals over seeds are."""
-    said = []
-    for model in settings.models:
-        for what, table in (("reward models", reward_table), ("policies", policy_table)):
-            lora, full = table[model, settings.middle], table[model, FULL]
-            if lora is None or full is None or None in (lora.low, lora.high, full.low, full.high):
-                said.append(f"{model}, {what}: too few finished runs to tell LoRA from full tuning.")
-                continue
-            apart = lora.low > full.high or full.low > lora.high  # type: ignore[operator]
-            words = "within the noise of the seeds" if not apart else "better" if lora.mean > full.mean else "worse"
-            said.append(
-                f"{model}, {what}: LoRA {spread(lora)} against {spread(full)} of full tuning over {lora.seeds} seeds: "
-                f"{words}."
+def _findings(found: Results, primary: str) -> StudyFindings:
+    compared = tested(
+        [
+            Compared(f"{model}, {what}", "full tuning", f"LoRA of rank {arm}", arms[model, FULL].figure,
+                     arms[model, arm].figure, share)
+            for model in found.models
+            for what, arms, share in (
+                ("reward models' accuracy", found.rewards, True), (f"policies' {primary}", found.policies, found.share)
             )
-    return said
-
-
-def _cautions(
-    settings: PeRlhfSettings,
-    rewards: Mapping[tuple[str, str], _Arm],
-    reward_table: Mapping[tuple[str, str], Seeds | None],
-    policy_table: Mapping[tuple[str, str], Seeds | None],
-    anchors: Mapping[str, Sequence[float]],
-) -> list[str]:
-    """What makes a comparison of arms say little: a reward that knows nothing, policies that it made worse."""
-    said = []
-    for model in settings.models:
-        reward = reward_table[model, settings.middle]
-        pairs = any(_ACCURACIES[0] in run.metrics for run in rewards[model, settings.middle].runs)
-        if pairs and reward is not None and (reward.low is None or reward.low <= CHANCE):
-            said.append(
-                f"{model}: the reward models of rank {settings.middle} ({spread(reward)}) are not shown to be above "
-                "chance, so what policies reach says little of how they are tuned; train reward models longer."
-            )
-        known = {arm: policy_table[model, arm] for arm in settings.arms}
-        worse = [
-            arm for arm, own in known.items() if own is not None and anchors[model] and own.mean < anchors[model][0]
+            for arm in found.arms
+            if arm != FULL
         ]
-        if worse:
-            said.append(f"{model}: policies are below their anchor in {', '.join(worse)}.")
-    return said
+    )  # fmt: skip
+    arms = {
+        "/".join(key): {
+            name: {"lr": arm.lr, "by_seed": to_json(arm.figure), **(vars(arm.seeds) if arm.seeds else {})}
+            for name, arm in (("reward_model", reward), ("policy", found.policies[key]))
+        }
+        for key, reward in found.rewards.items()
+    }
+    figures = {"arms": arms, "anchors": dict(found.anchors), "differences": figures_of(compared)}
+    tables = [main_table(found), *rank_tables(found), table_of(compared)]
+    return StudyFindings(tables, (), [*sentences(compared), *cautions(found)], figures)
 
 
 def _accuracy(run: Outcome) -> float | None:
     """None where there were no preferences to measure on."""
-    return next((run.metrics[name] for name in _ACCURACIES if name in run.metrics), None)
-
-
-def _ratios(lora: _Arm, full: _Arm, stage: str) -> tuple[float | None, float | None]:
-    """LoRA's peak memory as a share of full tuning's, and how many times as fast its steps are."""
-    sides = [[run for run in arm.runs if run.done] for arm in (lora, full)]
-    if not all(sides):
-        return None, None
-    peaks = [[run.summary.get("peak_memory_bytes") for run in runs] for runs in sides]
-    times = [[run.step_seconds(stage) for run in runs] for runs in sides]
-    bare = bare_bytes()
-    own = [[None if peak is None else peak - bare for peak in side] for side in peaks]
-    return _ratio(own[0], own[1]), _ratio(times[1], times[0])
-
-
-def _ratio(above: Sequence[float | None], below: Sequence[float | None]) -> float | None:
-    known = [sorted(value for value in side if value) for side in (above, below)]
-    if not all(known):
-        return None
-    return known[0][len(known[0]) // 2] / known[1][len(known[1]) // 2]
-
-
-def _summed(values: Sequence[float]) -> Seeds | None:
-    return over_seeds(values) if values else None
-
-
-def _plain_seeds(found: Seeds | None) -> dict[str, Any]:
-    return {} if found is None else vars(found)
-
-
-def _paper(name: str, value: float | None) -> str:
-    return "-" if value is None else f"{value:g}x" if "speed" in name else f"{value:g} %"
+    return next((run.metrics[name] for name in ACCURACIES if name in run.metrics), None)
 
 
 def _plain(model: str) -> str:

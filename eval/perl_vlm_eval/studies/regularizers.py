@@ -3,7 +3,7 @@ anchor, factual precision before and after, and full tuning beside, which the pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
@@ -11,8 +11,9 @@ from typing import Any
 
 from perl_vlm.config.checks import require
 from perl_vlm.report.html import Curve, Table
-from perl_vlm_eval.statistics import over_seeds
+from perl_vlm_eval.seeds import over_seeds
 from perl_vlm_eval.studies.base import Plan, StudyFindings, StudySettings, even_start, spread
+from perl_vlm_eval.studies.differences import BySeed, Compared, figures_of, sentences, table_of, tested
 from perl_vlm_eval.studies.ways import Way, followed
 
 KINDS = ("none", "k1", "clamped_k1", "k2", "k3", "js_proxy", "reverse_kl", "forward_kl", "js")
@@ -57,7 +58,7 @@ class RegularizerSettings(StudySettings):
 
 def plan(settings: RegularizerSettings) -> Plan:
     """See ``studies.base.Plan``."""
-    ways: dict[tuple[str, str, str], list[Way]] = {}
+    ways: dict[tuple[str, str, str], Mapping[int, Way]] = {}
     for model in settings.models:
         for tuning in settings.tunings:
             for kind in settings.kinds:
@@ -79,34 +80,69 @@ def _same(options: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
     return options
 
 
-def _findings(settings: RegularizerSettings, ways: Mapping[tuple[str, str, str], Sequence[Way]]) -> StudyFindings:
+def _findings(settings: RegularizerSettings, ways: Mapping[tuple[str, str, str], Mapping[int, Way]]) -> StudyFindings:
     rows, figures, curves = [], dict[str, Any](), []
+    shares = all(way.share for own in ways.values() for way in own.values())
     for model in settings.models:
         for tuning in settings.tunings:
             series: dict[str, list[tuple[float, float]]] = {}
             for kind in settings.kinds:
                 own = ways[model, tuning, kind]
-                rows.append((f"{PurePath(model).name}, {tuning}, {kind}", *_row(own)))
-                figures[f"{model}/{tuning}/{kind}"] = [vars(way) for way in own]
+                rows.append((f"{PurePath(model).name}, {tuning}, {kind}", *_row(list(own.values()))))
+                figures[f"{model}/{tuning}/{kind}"] = {str(seed): vars(way) for seed, way in own.items()}
                 if own:
-                    series[kind] = _mean_way(own)
+                    series[kind] = _mean_way(list(own.values()))
             if series:
                 title = f"{PurePath(model).name}, {tuning}: win rate against the anchor"
                 note = "Means over seeds; held-out prompts, sampled answers, ties are halves."
                 curves.append(Curve(title, "exact KL from the anchor, in nats", series, note))
+    compared = tested(list(_compared(settings, ways, shares)))
     header = ("arm", "gold", "win rate", "KL, nats", "precision before", "after", "seeds")
     note = (
-        f"After {settings.steps} rounds, on held-out prompts; mean and standard deviation over seeds. Precision is the "
-        "share of claims that references support, by shared words alone (the offline fallback)."
+        f"After {settings.steps} rounds, on held-out prompts; mean and standard deviation over seeds"
+        f"{', shares in percent' if shares else ''}. Precision is the share of claims that references support, by "
+        "shared words alone (the offline fallback)."
     )
-    tables = [Table("Regularisers", header, rows, note), _published()]
-    return StudyFindings(tables, curves, _verdicts(settings, ways), figures)
+    tables = [Table("Regularisers", header, rows, note), table_of(compared), _published()]
+    return StudyFindings(tables, curves, sentences(compared), {"arms": figures, "differences": figures_of(compared)})
+
+
+def _compared(
+    settings: RegularizerSettings, ways: Mapping[tuple[str, str, str], Mapping[int, Way]], shares: bool
+) -> Iterator[Compared]:
+    """Full tuning and LoRA under one regulariser, every regulariser and none, precision before and after."""
+
+    def gold(model: str, tuning: str, kind: str) -> BySeed:
+        return {seed: way.gold[way.end] for seed, way in ways[model, tuning, kind].items()}
+
+    def away(model: str, tuning: str, kind: str) -> BySeed:
+        return {seed: way.kl[way.end] for seed, way in ways[model, tuning, kind].items()}
+
+    for model in settings.models:
+        for kind in settings.kinds if len(settings.tunings) == 2 else ():
+            full, lora = (gold(model, tuning, kind) for tuning in ("full", "lora"))
+            yield Compared(f"{model}, {kind}, gold", "full tuning", "LoRA", full, lora, shares)
+            full, lora = (away(model, tuning, kind) for tuning in ("full", "lora"))
+            yield Compared(f"{model}, {kind}, KL in nats", "full tuning", "LoRA", full, lora, False, None)
+        for tuning in settings.tunings:
+            for kind in settings.kinds:
+                if kind != "none" and "none" in settings.kinds:
+                    without, own = (gold(model, tuning, one) for one in ("none", kind))
+                    yield Compared(f"{model}, {tuning}, gold", "none", kind, without, own, shares)
+            for kind in settings.kinds:
+                known = {s: w.precision for s, w in ways[model, tuning, kind].items() if len(w.precision) == 2}
+                if known:
+                    before, after = ({s: own[side] for s, own in known.items()} for side in ("anchor", "policy"))
+                    yield Compared(
+                        f"{model}, {tuning}, {kind}, factual precision", "the anchor", "the policy", before, after
+                    )
 
 
 def _row(ways: Sequence[Way]) -> tuple[str, ...]:
     if not ways:
         return ("-",) * 5 + ("0",)
-    ends = [("gold", 100.0), ("win_rate", 100.0), ("kl", 1.0)]
+    scale = 100.0 if all(way.share for way in ways) else 1.0
+    ends = [("gold", scale), ("win_rate", 100.0), ("kl", 1.0)]
     cells = [spread(over_seeds([getattr(way, name)[way.end] for way in ways]), scale) for name, scale in ends]
     for side in ("anchor", "policy"):
         known = [way.precision[side] for way in ways if side in way.precision]
@@ -127,27 +163,3 @@ def _published() -> Table:
     rows = [(kind, *(f"{value:g}" for value in values)) for kind, values in PUBLISHED.items()]
     note = "LLaMA 7B on AlpacaFarm, win rate in percent against text-davinci-003; SFT 37.0, full-tuning PPO 46.7."
     return Table("The paper's, by PPO step", ("regulariser", "20", "60", "100", "140", "180"), rows, note)
-
-
-def _verdicts(settings: RegularizerSettings, ways: Mapping[tuple[str, str, str], Sequence[Way]]) -> list[str]:
-    """The best and the worst regulariser of each arm, in words: apart only where their intervals over seeds are."""
-    said = []
-    for model in settings.models:
-        for tuning in settings.tunings:
-            known = {
-                kind: over_seeds([way.gold[way.end] for way in ways[model, tuning, kind]])
-                for kind in settings.kinds
-                if ways[model, tuning, kind]
-            }
-            if len(known) < 2:
-                continue
-            best, worst = (pick(known, key=lambda kind: known[kind].mean) for pick in (max, min))
-            one, other = known[best], known[worst]
-            ends = f"best {best} {100 * one.mean:.1f}, worst {worst} {100 * other.mean:.1f} (gold, percent)"
-            if one.low is None or other.high is None:
-                said.append(f"{model}, {tuning}: {ends}; of one seed nothing is known of its spread.")
-                continue
-            apart = one.low > other.high
-            words = "apart beyond the noise of the seeds" if apart else "within the noise of the seeds"
-            said.append(f"{model}, {tuning}: {ends}; {words}.")
-    return said

@@ -25,6 +25,8 @@ class Way:
     win_rate: Sequence[float]
     """Against the anchor by the gold metric; a half at the anchor itself."""
     names: Sequence[str]
+    share: bool = True
+    """Whether gold is a share."""
     verdict: str = ""
     precision: Mapping[str, float] = field(default_factory=dict)
     """Factual precision of ``anchor`` and ``policy``, where it was measured."""
@@ -49,7 +51,7 @@ def followed(
     limit: int,
     *needs: str,
 ) -> Steps:
-    """Train a policy with every seed, keep its checkpoints, and follow it through them: a list of ``Way``.
+    """Train a policy with every seed, keep its checkpoints, and follow it through them: a ``Way`` by seed.
 
     Args:
         options: settings of the policy with a seed.
@@ -72,7 +74,8 @@ def followed(
         for seed, one in enumerate(trained)
     ]
     found = yield measured
-    return [way_of(found[one.name].summary) for one in measured if found[one.name].done]
+    outcomes = [found[one.name] for one in measured]
+    return {seed: way_of(one.summary) for seed, one in enumerate(outcomes) if one.done}
 
 
 def way_of(results: Mapping[str, Any]) -> Way:
@@ -94,5 +97,5 @@ def way_of(results: Mapping[str, Any]) -> Way:
             precision[label] = known["estimate"]["value"]
     return Way(
         column("kl", 0.0), column("gold", 0.0), column("proxy", 0.0), column("win_rate", 0.5), names,
-        cells["hacking"]["verdicts"][0], precision,
+        figures[f"way/{names[0]}/gold"]["unit"] == "share", cells["hacking"]["verdicts"][0], precision,
     )  # fmt: skip
