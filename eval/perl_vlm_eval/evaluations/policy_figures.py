@@ -124,13 +124,11 @@ class Measured:
         asked = spaced(examples, prompts)
         groups, depends = group_names(asked), [data_hash(asked), str(most), name, self.scales[name]]
         series: dict[str, list[tuple[float, float]]] = {}
-        kept = {
-            label: self._keep(
-                "best-of", self.stage, [label, *depends],
-                partial(drawn, self.stage, REFERENCE if label == "anchor" else label, asked, most, scorer, self.primary),
-            )
-            for label in self.answers
-        }  # fmt: skip
+        kept = {}
+        for label in self.answers:
+            role = REFERENCE if label == "anchor" else label
+            draw = partial(drawn, self.stage, role, asked, most, scorer, self.primary)
+            kept[label] = self._keep("best-of", self.stage, [label, *depends], draw)
         for label, draws in kept.items():
             chosen_by, worth = (np.asarray(side, dtype=np.float64).T for side in draws)
             prefix = "" if label == self.last else f"{label}/"
