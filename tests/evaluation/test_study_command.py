@@ -87,6 +87,12 @@ def test_each_arm_takes_its_best_rate_and_every_seed_is_trained(tmp_path: Path) 
     assert "LoRA of rank 4 83.0 ± 1.0 against 81.2 ± 1.2 of full tuning over 3 seeds: better (p = " in found.verdicts[0]
     assert "LoRA of rank 1 71.0 ± 1.0 against 81.2 ± 1.2 of full tuning over 3 seeds: worse" in found.verdicts[1]
     assert len(differences.rows) == 4
+    curves = {curve.title: curve.series for curve in found.curves}
+    assert curves["vqa, tiny: policies' metric by rank"]["LoRA"] == [
+        (0.0, pytest.approx(0.71)),
+        (2.0, pytest.approx(0.83)),
+    ]
+    assert curves["vqa, tiny: policies' metric by rank"]["anchor"] == [(0.0, 0.5), (2.0, 0.5)]
     assert differences.rows[0][1:3] == ("LoRA of rank 4 less full tuning", "+1.8")
     trials = [name for name in cells.names if name.startswith("rm-tiny-full")]
     assert sorted(set(trials)) == [f"rm-tiny-full-lr{lr}" for lr in ("2-s0", "2-s1", "2-s2", "3-s0")]

@@ -19,7 +19,16 @@ from perl_vlm_eval.results import to_json
 from perl_vlm_eval.studies.base import Plan, StudyFindings, StudySettings, cell, even_start, measured_on_the_way
 from perl_vlm_eval.studies.cells import Outcome, StudyCell
 from perl_vlm_eval.studies.differences import Compared, figures_of, sentences, table_of, tested
-from perl_vlm_eval.studies.pe_rlhf_tables import ACCURACIES, FULL, Arm, Results, cautions, main_table, rank_tables
+from perl_vlm_eval.studies.pe_rlhf_tables import (
+    ACCURACIES,
+    FULL,
+    Arm,
+    Results,
+    cautions,
+    main_table,
+    rank_curves,
+    rank_tables,
+)
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,7 @@ def _findings(found: Results, primary: str) -> StudyFindings:
     }
     figures = {"arms": arms, "anchors": dict(found.anchors), "differences": figures_of(compared)}
     tables = [main_table(found), *rank_tables(found), table_of(compared)]
-    return StudyFindings(tables, (), [*sentences(compared), *cautions(found)], figures)
+    return StudyFindings(tables, rank_curves(found), [*sentences(compared), *cautions(found)], figures)
 
 
 def _accuracy(run: Outcome) -> float | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-from perl_vlm.report.html import Table
+from perl_vlm.report.html import Curve, Table
 from perl_vlm_eval.seeds import Seeds, over_seeds
 from perl_vlm_eval.studies.base import spread
 from perl_vlm_eval.studies.cells import Outcome, bare_bytes
@@ -106,6 +107,25 @@ def rank_tables(found: Results) -> list[Table]:
             found, "Table 3: policies, the task's metric by rank", gold, (*found.arms, "anchor"), POLICY_RANKS, unit
         ),
     ]  # fmt: skip
+
+
+def rank_curves(found: Results) -> list[Curve]:
+    """Both by rank, with full tuning and the anchor as levels."""
+    curves = []
+    ranks = sorted(int(arm) for arm in found.arms if arm != FULL)
+    for model in found.models if len(ranks) > 1 else ():
+        for what, arms in (("reward models' accuracy", found.rewards), ("policies' metric", found.policies)):
+            known = {arm: arms[model, arm].seeds for arm in found.arms}
+            series = {"LoRA": [(math.log2(rank), own.mean) for rank in ranks if (own := known[str(rank)])]}
+            full = known[FULL]
+            levels = {"full tuning": None if full is None else full.mean}
+            if arms is found.policies:
+                levels["anchor"] = found.anchors.get(model)
+            ends = math.log2(ranks[0]), math.log2(ranks[-1])
+            series |= {name: [(at, level) for at in ends] for name, level in levels.items() if level is not None}
+            title = f"{found.title(model)}: {what} by rank"
+            curves.append(Curve(title, "binary logarithm of the rank", series, "Means over seeds."))
+    return curves
 
 
 def cautions(found: Results) -> list[str]:
