@@ -10,6 +10,7 @@ import pytest
 
 from perl_vlm.cli import main
 from perl_vlm_eval.studies import STUDIES, pe_rlhf, pe_rlhf_tables
+from perl_vlm_eval.studies.base import cell
 from perl_vlm_eval.studies.cells import Outcome
 from perl_vlm_eval.studies.command import drive
 from perl_vlm_eval.studies.pe_rlhf import PeRlhfSettings
@@ -130,6 +131,34 @@ def test_a_reward_that_knows_nothing_is_told(tmp_path: Path, monkeypatch: pytest
     found = drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "b")).verdicts
     assert "are not shown to be above chance" in found[4]
     assert found[5] == "tiny: policies are below their anchor in 4."
+
+
+def test_another_reward_than_the_learned_one(tmp_path: Path) -> None:
+    class Rewards(Known):
+        given: set[str] = set()
+
+        def outcome(self, cell: Any) -> Outcome:
+            words = list(cell.arguments)
+            if words[1] == "ppo":
+                self.given.add(words[words.index("--ppo.reward_model") + 1])
+            return super().outcome(cell)
+
+    cells = Rewards(tmp_path)
+    found = drive(pe_rlhf.plan(PeRlhfSettings(**{**vars(SETTINGS), "reward": "verify"})), cells)
+    assert cells.given == {"verify"}
+    assert "policies' reward is verify" in found.tables[0].note
+
+
+def test_options_of_other_stages_do_not_make_other_cells() -> None:
+    def rm_and_ppo(*options: str) -> list[str]:
+        own = PeRlhfSettings(**{**vars(SETTINGS), "options": options})
+        return [cell(own, "one", verb, "tiny", {}).folder for verb in ("rm", "ppo")]
+
+    before = rm_and_ppo("--rm.steps", "9", "--ppo.steps", "8", "--lora.alpha", "4")
+    changed = rm_and_ppo("--rm.steps", "9", "--ppo.steps=7", "--ppo.fresh", "--lora.alpha", "4")
+    assert before[0] == changed[0]
+    assert before[1] != changed[1]
+    assert rm_and_ppo("--lora.alpha", "4")[0] != rm_and_ppo("--lora.alpha", "5")[0]
 
 
 def test_holes_are_holes(tmp_path: Path) -> None:

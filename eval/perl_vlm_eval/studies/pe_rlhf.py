@@ -2,8 +2,8 @@
 
 Both arms get the same number of learning rates, of which each takes the one that is best on validation data with the
 first seed; then every seed is trained with it, and what is reported is measured on test data. All policies are trained
-against one reward model for each base, the LoRA one of the middle rank, so that they differ in nothing but how they are
-tuned.
+against one reward for each base, by default the LoRA reward model of the middle rank, so that they differ in nothing but
+how they are tuned.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ class PeRlhfSettings(StudySettings):
     """Learning rates that LoRA policies are tried with."""
     ppo_full_lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4)
     """Likewise, full tuning; as many."""
+    reward: str = "learned"
+    """What policies are trained against: ``learned`` is the LoRA reward model of the middle rank, anything else as
+    ppo.reward_model takes it, such as ``verify``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,14 +83,14 @@ def plan(settings: PeRlhfSettings) -> Plan:
             known = {seed: _accuracy(run) for seed, run in enumerate(found.runs) if run.done}
             figure = {seed: value for seed, value in known.items() if value is not None}
             rewards[model, arm] = replace(found, figure=figure)
-        best = rewards[model, settings.middle].runs
-        reward = next((run for run in best if run.done), None)
+        best = [run.folder for run in rewards[model, settings.middle].runs if run.done]
+        reward = settings.reward if settings.reward != "learned" else best[0] if best else None
         for arm in settings.arms:
             if reward is None:
                 policies[model, arm] = Arm()
                 continue
             lrs = settings.ppo_full_lrs if arm == FULL else settings.ppo_lrs
-            options = {"ppo.reward_model": reward.folder, **even_start(settings, model)}
+            options = {"ppo.reward_model": reward, **even_start(settings, model)}
             found = yield from _searched(settings, "ppo", model, arm, lrs, options)
             judged = yield from _judged(settings, model, arm, found)
             done = {seed: run for seed, run in judged.items() if run.done}
@@ -97,7 +100,15 @@ def plan(settings: PeRlhfSettings) -> Plan:
                 anchors.setdefault(model, run.metrics[f"anchor/{primary}"])
     return _findings(
         Results(
-            settings.task, settings.models, settings.arms, settings.middle, settings.seeds, rewards, policies, anchors
+            settings.task,
+            settings.models,
+            settings.arms,
+            settings.middle,
+            settings.seeds,
+            settings.reward,
+            rewards,
+            policies,
+            anchors,
         ),
         primary,
     )

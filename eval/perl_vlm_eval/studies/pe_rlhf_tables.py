@@ -48,6 +48,8 @@ class Results:
     middle: str
     """The rank that stands for LoRA in Table 1."""
     seeds: int
+    reward: str
+    """What policies were trained against."""
     rewards: Mapping[tuple[str, str], Arm]
     policies: Mapping[tuple[str, str], Arm]
     anchors: Mapping[str, float]
@@ -84,7 +86,7 @@ def main_table(found: Results) -> Table:
         for name, theirs in MAIN.items()
     ]
     note = (
-        f"LoRA is rank {found.middle}; ours is mean and standard deviation over {found.seeds} seeds, the paper's one "
+        f"LoRA is rank {found.middle}, policies' reward is {found.reward}; ours is mean and standard deviation over {found.seeds} seeds, the paper's one "
         "run (its LoRA the best of several ranks) on other models and data. Memory is the peak beyond the bare process "
         "on a CPU, what torch allocated on a GPU; speed is of training steps, sampling included in RL and measurements "
         "on the way not, and means little where cells ran beside one another on one device."
@@ -134,7 +136,8 @@ def cautions(found: Results) -> list[str]:
     for model in found.models:
         reward = found.rewards[model, found.middle]
         pairs = any(ACCURACIES[0] in run.metrics for run in reward.runs)
-        if pairs and reward.seeds is not None and (reward.seeds.low is None or reward.seeds.low <= CHANCE):
+        learned = found.reward == "learned"
+        if learned and pairs and reward.seeds is not None and (reward.seeds.low is None or reward.seeds.low <= CHANCE):
             said.append(
                 f"{model}: the reward models of rank {found.middle} ({spread(reward.seeds)}) are not shown to be above "
                 "chance, so what policies reach says little of how they are tuned; train reward models longer."
