@@ -134,18 +134,17 @@ def test_a_reward_that_knows_nothing_is_told(tmp_path: Path, monkeypatch: pytest
 
 
 def test_another_reward_than_the_learned_one(tmp_path: Path) -> None:
-    class Rewards(Known):
-        given: set[str] = set()
+    rewards = set()
 
+    class Rewards(Known):
         def outcome(self, cell: Any) -> Outcome:
             words = list(cell.arguments)
             if words[1] == "ppo":
-                self.given.add(words[words.index("--ppo.reward_model") + 1])
+                rewards.add(words[words.index("--ppo.reward_model") + 1])
             return super().outcome(cell)
 
-    cells = Rewards(tmp_path)
-    found = drive(pe_rlhf.plan(PeRlhfSettings(**{**vars(SETTINGS), "reward": "verify"})), cells)
-    assert cells.given == {"verify"}
+    found = drive(pe_rlhf.plan(PeRlhfSettings(**{**vars(SETTINGS), "reward": "verify"})), Rewards(tmp_path))
+    assert rewards == {"verify"}
     assert "policies' reward is verify" in found.tables[0].note
 
 

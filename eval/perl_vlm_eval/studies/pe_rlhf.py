@@ -2,8 +2,8 @@
 
 Both arms get the same number of learning rates, of which each takes the one that is best on validation data with the
 first seed; then every seed is trained with it, and what is reported is measured on test data. All policies are trained
-against one reward for each base, by default the LoRA reward model of the middle rank, so that they differ in nothing but
-how they are tuned.
+against one reward for each base, by default the LoRA reward model of the middle rank, so that they differ in nothing
+but how they are tuned.
 """
 
 from __future__ import annotations

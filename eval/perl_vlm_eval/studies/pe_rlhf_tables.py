@@ -86,10 +86,11 @@ def main_table(found: Results) -> Table:
         for name, theirs in MAIN.items()
     ]
     note = (
-        f"LoRA is rank {found.middle}, policies' reward is {found.reward}; ours is mean and standard deviation over {found.seeds} seeds, the paper's one "
-        "run (its LoRA the best of several ranks) on other models and data. Memory is the peak beyond the bare process "
-        "on a CPU, what torch allocated on a GPU; speed is of training steps, sampling included in RL and measurements "
-        "on the way not, and means little where cells ran beside one another on one device."
+        f"LoRA is rank {found.middle}, policies' reward is {found.reward}; ours is mean and standard deviation over "
+        f"{found.seeds} seeds, the paper's one run (its LoRA the best of several ranks) on other models and data. "
+        "Memory is the peak beyond the bare process on a CPU, what torch allocated on a GPU; speed is of training "
+        "steps, sampling included in RL and measurements on the way not, and means little where cells ran beside one "
+        "another on one device."
     )
     header = ("", *map(found.title, found.models), *(f"paper: {one}" for one in MAIN_COLUMNS))
     return Table("Table 1: LoRA against full tuning", header, rows, note)
