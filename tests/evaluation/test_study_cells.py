@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import pytest
 
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.train.signals import StopOnSignal, Stopped
+from perl_vlm_eval.studies import cells
 from perl_vlm_eval.studies.cells import StudyCell, Workshop
 
 Run = tuple[list[str], "str | None"]
@@ -131,8 +133,36 @@ def test_a_stop_starts_nothing_further(tmp_path: Path) -> None:
     assert len(bench.runs) <= 1
 
 
-def test_a_real_process_is_started_and_stopped(tmp_path: Path) -> None:
-    stop = StopOnSignal()
-    workshop = Workshop(tmp_path, [None], lambda text: None, stop)
+def test_a_real_process_says_why_it_failed(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path, [None], lambda text: None, StopOnSignal())
     found = workshop.make([StudyCell("typo", ["vqa", "rm", "--rm.stepz", "3"])])
     assert "--rm.stepz" in found["typo"].why
+
+
+@pytest.mark.parametrize("obstinate", [False, True])
+def test_a_running_cell_is_stopped_and_may_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstinate: bool
+) -> None:
+    program = tmp_path / "program"
+    on_term = "true" if obstinate else f"echo > {tmp_path / 'saved'}; exit 143"
+    program.write_text(
+        f"#!/bin/sh\ntrap '{on_term}' TERM\necho $$ > {tmp_path / 'began'}\nwhile :; do sleep 0.05; done\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(cells.sys, "executable", str(program))
+    monkeypatch.setattr(cells, "PATIENCE", 0.5)
+    stop = StopOnSignal()
+
+    def ask() -> None:
+        while not (tmp_path / "began").exists() or not (tmp_path / "began").read_text().strip():
+            time.sleep(0.02)
+        stop.request()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    with pytest.raises(Stopped):
+        Workshop(tmp_path / "out", [None], lambda text: None, stop).make([StudyCell("long", ["vqa", "rm"])])
+    asking.join()
+    assert (tmp_path / "saved").exists() == (not obstinate)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "began").read_text()), 0)
