@@ -6,9 +6,11 @@ drawn, flipped and counted. All intervals are two-sided and of 95 %.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ LEAST = 10
 RESAMPLES, RESAMPLES_OF_OTHERS, PERMUTATIONS = 10_000, 2_000, 20_000
 BLOCKS = 20
 """Of the jackknife."""
+_COUNTS_KEPT = 12_000_000
+"""Of how often groups were drawn: 96 MB at most, 1,200 groups."""
 _SIGNS_AT_ONCE = 2_000_000
 """Signs drawn in one go: 16 MB."""
 LEVEL = 0.05
@@ -86,12 +90,35 @@ def mean(values: Numbers, groups: Sequence[Hashable] | None = None, *, seed: int
     Raises:
         ValueError: no items, lengths that differ, or a number that is not finite.
     """
-    given, _, count = _checked(values, groups)
+    given, member, count = _checked(values, groups)
     value = float(given.mean())
     if count < LEAST:
         return Estimate(value, None, None, given.size, count, too_few(count))
-    low, high = _expanded(resampled_means(given, resamples=RESAMPLES, seed=seed, groups=groups), count)
+    low, high = _expanded(_resampled_means(given, member, count, groups, seed), count)
     return Estimate(value, low, high, given.size, count, f"bootstrap over {_what(groups)}")
+
+
+def _resampled_means(
+    values: Array, member: NDArray[np.int64], count: int, groups: Sequence[Hashable] | None, seed: int
+) -> Array:
+    """[R] as ``resampled_means``. All figures of one set of items are resampled alike, so the draws are kept."""
+    if count * RESAMPLES > _COUNTS_KEPT:
+        return resampled_means(values, resamples=RESAMPLES, seed=seed, groups=groups)
+    times = _times_drawn(count, RESAMPLES, seed)
+    found: Array = times @ np.bincount(member, weights=values) / (times @ np.bincount(member).astype(np.float64))
+    return found
+
+
+@lru_cache(maxsize=1)
+def _times_drawn(count: int, resamples: int, seed: int) -> Array:
+    """[R, g] how often each group is drawn in each resample."""
+    found = np.zeros((resamples, count))
+    draws = resampled(count, resamples, seed)
+    for start in range(0, resamples, 1_000):
+        drawn = np.stack(list(itertools.islice(draws, 1_000)))
+        flat = (drawn + count * np.arange(len(drawn))[:, None]).ravel()
+        found[start : start + len(drawn)] = np.bincount(flat, minlength=drawn.size).reshape(drawn.shape)
+    return found
 
 
 def statistic(

@@ -43,6 +43,15 @@ def test_a_mean_s_interval_covers_the_truth(count: int) -> None:
     assert 0.925 <= hits / 400 <= 0.98
 
 
+@pytest.mark.parametrize("groups", [None, [place // 3 for place in range(60)]])
+def test_draws_that_are_kept_are_the_same_draws(groups: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(2).normal(size=60)
+    kept = mean(values, groups, seed=3)
+    monkeypatch.setattr(statistics, "_COUNTS_KEPT", 0)
+    drawn = mean(values, groups, seed=3)
+    assert (kept.low, kept.high) == (pytest.approx(drawn.low), pytest.approx(drawn.high))
+
+
 def test_groups_that_err_together_widen_the_interval_as_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 2_000)
     draw, hits, naive = np.random.default_rng(1), 0, 0
