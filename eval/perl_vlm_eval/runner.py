@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from perl_vlm.errors import PerlVlmError
 from perl_vlm.report.files import write_atomically
@@ -62,7 +62,6 @@ def run_cells(
             try:
                 opened = opened or _opened(run, changes, out, stop)
                 cells.append(replace(_cell(line, run, opened, out, say), **own))
-                keep(out, cells[-1])
             except Stopped:
                 raise
             except NotFor as error:
@@ -151,12 +150,15 @@ def _cell(line: Line, run: FoundRun, opened: OpenRun, out: Path, say: Callable[[
     took = round(time.monotonic() - began, 2)
     if findings.items.ids:
         write_lines(kept.with_suffix(".jsonl"), lines_of(findings))
-    findings = replace(findings, said=())
-    if findings.missing:
-        why = "; ".join(findings.missing)
+    why = "; ".join(findings.missing)
+    if why:
         say(f"{run.label}: {line.name}: not all could be measured: {why}")
-        return Cell(line.name, line.evaluation.kind, run.label, key, "failed", why, took, findings)
-    return Cell(line.name, line.evaluation.kind, run.label, key, "done", "", took, findings)
+    status: Literal["done", "failed"] = "failed" if why else "done"
+    cell = Cell(
+        line.name, line.evaluation.kind, run.label, key, status, why, took, replace(findings, said=())
+    )  # fmt: skip
+    keep(out, cell)
+    return cell
 
 
 def _key(line: Line, opened: OpenRun) -> str:

@@ -148,16 +148,13 @@ def test_another_reward_than_the_learned_one(tmp_path: Path) -> None:
     assert "policies' reward is verify" in found.tables[0].note
 
 
-def test_options_of_other_stages_do_not_make_other_cells() -> None:
-    def rm_and_ppo(*options: str) -> list[str]:
-        own = PeRlhfSettings(**{**vars(SETTINGS), "options": options})
-        return [cell(own, "one", verb, "tiny", {}).folder for verb in ("rm", "ppo")]
-
-    before = rm_and_ppo("--rm.steps", "9", "--ppo.steps", "8", "--lora.alpha", "4")
-    changed = rm_and_ppo("--rm.steps", "9", "--ppo.steps=7", "--ppo.fresh", "--lora.alpha", "4")
-    assert before[0] == changed[0]
-    assert before[1] != changed[1]
-    assert rm_and_ppo("--lora.alpha", "4")[0] != rm_and_ppo("--lora.alpha", "5")[0]
+@pytest.mark.parametrize("verb", ["rm", "ppo", "eval"])
+def test_options_reach_every_cell(verb: str) -> None:
+    """Stages depend on one another's: all on ``sft.adapter``, an evaluation on how long PPO's answers are."""
+    options = ("--sft.adapter", "runs/sft", "--ppo.max_new_tokens=4", "--rm.members", "2")
+    own = PeRlhfSettings(**{**vars(SETTINGS), "options": options})
+    words = list(cell(own, "one", verb, "tiny", {"seed": 1}).arguments)
+    assert words[6:] == [*options, "--seed", "1"], "and what the study itself sets comes last"
 
 
 def test_holes_are_holes(tmp_path: Path) -> None:

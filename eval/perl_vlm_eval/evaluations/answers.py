@@ -70,7 +70,7 @@ def drawn(
 def scores_of(scorer: Scorer, examples: Sequence[Example], sides: Sequence[Sequence[Answer]]) -> list[list[float]]:
     """[S][n] scores of S answers to each example. They stand beside each other, so that the prompt is read once, and
     equal ones are scored once: they have equal scores to the last digit."""
-    asked: list[Example] = []
+    prompts: list[Example] = []
     given: list[Answer] = []
     rows: dict[tuple[int, tuple[int, ...]], int] = {}
     for place, example in enumerate(examples):
@@ -78,7 +78,7 @@ def scores_of(scorer: Scorer, examples: Sequence[Example], sides: Sequence[Seque
             key = place, tuple(side[place].tokens)
             if key not in rows:
                 rows[key] = len(given)
-                asked.append(example)
+                prompts.append(example)
                 given.append(side[place])
-    found = scorer(asked, given)
+    found = scorer(prompts, given)
     return [[found[rows[place, tuple(one.tokens)]] for place, one in enumerate(side)] for side in sides]

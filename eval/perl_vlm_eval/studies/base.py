@@ -55,20 +55,7 @@ def cell(
     """A cell of a study's task, with the options of all cells and its own."""
     own = [part for key, value in options.items() for part in (f"--{key}", _text(value))]
     first = [settings.task, verb, "--config", settings.config, "--model", model]
-    return StudyCell(name, [*first, *_for_verb(settings.options, verb), *own], needs)
-
-
-def _for_verb(options: Sequence[str], verb: str) -> list[str]:
-    """Options without those of other stages: cells that they do not concern stay the same cells when they change."""
-    kept: list[str] = []
-    taken = True
-    for word in options:
-        if word.startswith("--"):
-            section = word.removeprefix("--").partition(".")[0]
-            taken = section == verb or section not in ("sft", "rm", "ppo")
-        if taken:
-            kept.append(word)
-    return kept
+    return StudyCell(name, [*first, *settings.options, *own], needs)
 
 
 def resolved(settings: StudySettings, verb: str, model: str) -> RunConfig:
