@@ -213,6 +213,10 @@ _STYLE = {
     "ytick.labelcolor": "#555d6b",
 }
 
+_AXES = (0.115, 0.155, 0.85, 0.775)
+"""Left, bottom, width, height in shares of a picture: room for eight characters of a label and for the power of ten
+that is set apart. A layout that looks at the labels would draw every picture twice."""
+
 
 @contextmanager
 def _axes() -> Iterator[tuple[Axes, io.BytesIO]]:
@@ -224,9 +228,9 @@ def _axes() -> Iterator[tuple[Axes, io.BytesIO]]:
     picture = io.BytesIO()
     # From matplotlib's defaults, so that a user's matplotlibrc cannot change or break the report.
     with matplotlib.style.context(["default", _STYLE]):
-        figure = Figure(figsize=(5.4, 2.8), layout="constrained")
+        figure = Figure(figsize=(5.4, 2.8))
         FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+        axes = figure.add_axes(_AXES)
         axes.set_axisbelow(True)
         yield axes, picture
         figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None})

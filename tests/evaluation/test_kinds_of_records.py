@@ -40,6 +40,9 @@ def test_labels_have_an_area_and_a_majority(tmp_path: Path) -> None:
     assert "pair_accuracy" not in figures
     assert figures["majority_accuracy"]["estimate"]["value"] == 0.75
     assert figures["auc"]["estimate"]["items"] == 40
+    (kept,) = (tmp_path / "out" / "cells").glob("*.json")
+    by_item = json.loads(kept.read_text())["items"]["values"]["auc"]
+    assert sum(by_item) / 40 == pytest.approx(figures["auc"]["estimate"]["value"]), "what runs are compared by"
 
 
 def test_choices_are_judged_by_log_prob(whole_run: Path, tmp_path: Path) -> None:

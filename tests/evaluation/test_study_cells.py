@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -87,6 +88,27 @@ def test_as_many_at_once_as_there_are_places(tmp_path: Path) -> None:
     bench.make([cell(str(place)) for place in range(6)])
     assert bench.most == 2
     assert {device for _, device in bench.runs} == {"0", "3"}
+
+
+@pytest.mark.parametrize(
+    ("devices", "own", "threads"),
+    [((None,), None, None), ((None, None, None), None, "2"), (("0",) * 9, None, "1"), ((None, None), "5", "5")],
+)
+def test_cells_at_once_share_the_cores(
+    devices: Sequence[str | None], own: str | None, threads: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    seen = tmp_path / "seen"
+    monkeypatch.setattr(sys, "executable", str(seen))
+    seen.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS $CUDA_VISIBLE_DEVICES" > "$0.said"\nexit 3\n')
+    seen.chmod(0o755)
+    workshop = Workshop(tmp_path / "out", devices, lambda text: None, StopOnSignal())
+    assert not workshop.make([cell("a")])["a"].done
+    said = (tmp_path / "seen.said").read_text().rstrip("\n").split(" ")
+    assert said == [threads or "", devices[0] or os.environ.get("CUDA_VISIBLE_DEVICES", "")]
 
 
 def test_other_settings_are_another_cell(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from perl_vlm_eval.studies import STUDIES, ensembles, regularizers
-from perl_vlm_eval.studies.cells import Outcome
+from perl_vlm_eval.studies.base import Part, Plan, StudyFindings, together
+from perl_vlm_eval.studies.cells import Outcome, StudyCell
 from perl_vlm_eval.studies.command import drive
 from perl_vlm_eval.studies.ways import way_of
 
@@ -103,12 +104,56 @@ def test_ensembles_at_the_same_divergence(tmp_path: Path) -> None:
     assert cells.cells["rm-tiny"][-3:] == ["3", "--seed", "0"]
 
 
+@pytest.mark.parametrize("plan", ["regularizers", "ensembles"])
+def test_arms_are_asked_for_at_once(plan: str, tmp_path: Path) -> None:
+    asked = list[list[str]]()
+
+    class Counted(Known):
+        def make(self, cells: Any) -> dict[str, Outcome]:
+            asked.append([cell.name for cell in cells])
+            return super().make(cells)
+
+    given: dict[str, Any] = {"kinds": ("none", "k1")} if plan == "regularizers" else {"combinations": ("mean", "min")}
+    settings = STUDIES[plan].settings(task="vqa", seeds=2, models=("tiny", "other/small"), **given)
+    drive(STUDIES[plan].plan(settings), Counted(tmp_path))
+    arms = 2 * 2 * 2 * (2 if plan == "regularizers" else 1)
+    assert [len(one) for one in asked] == [*([2] if plan == "ensembles" else []), arms, arms]
+    assert {name.split("-")[0] for name in asked[-1]} == {"way"}
+
+
+def test_parts_of_a_plan_may_end_at_different_times(tmp_path: Path) -> None:
+    def part(rounds: int) -> Part[int]:
+        for turn in range(rounds):
+            name = f"{rounds}-{turn}"
+            assert (yield [StudyCell(name, ["vqa"])])[name].done
+        return rounds
+
+    asked = list[list[str]]()
+
+    class Counted(Known):
+        def outcome(self, cell: Any) -> Outcome:
+            return Outcome(self.out)
+
+        def make(self, cells: Any) -> dict[str, Outcome]:
+            asked.append([cell.name for cell in cells])
+            return super().make(cells)
+
+    def plan() -> Plan:
+        found = yield from together({"two": part(2), "none": part(0), "one": part(1)})
+        return StudyFindings(figures=found)
+
+    assert list(drive(plan(), Counted(tmp_path)).figures.items()) == [("two", 2), ("none", 0), ("one", 1)]
+    assert asked == [["2-0", "1-0"], ["2-1"]]
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
         ("regularizers", {"kinds": ("k9",)}), ("regularizers", {"points": 50}),
         ("regularizers", {"tunings": ("dora",)}),
-        ("ensembles", {"members": 1}), ("ensembles", {"combinations": ("median",)}), ("ensembles", {"seeds": 0}),
+        ("regularizers", {"kinds": ("k1", "none", "k1")}), ("regularizers", {"models": ("small", "mine/small")}),
+        ("pe-rlhf", {"ranks": (8, 1, 8)}), ("ensembles", {"members": 1}),
+        ("ensembles", {"combinations": ("median",)}), ("ensembles", {"seeds": 0}),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(name: str, wrong: dict[str, Any]) -> None:

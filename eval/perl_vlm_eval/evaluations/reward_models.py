@@ -16,6 +16,7 @@ from perl_vlm.train.reward_report import BLINDINGS, without_sight
 from perl_vlm.train.scoring import Feedback, FeedbackScores, score_feedback
 from perl_vlm.types import Comparison, Rating
 from perl_vlm_eval import statistics
+from perl_vlm_eval.area import area_by_item
 from perl_vlm_eval.evaluations.base import Evaluation
 from perl_vlm_eval.identity import Record, basis, group_names, item_keys, thumbnail
 from perl_vlm_eval.logs import asked
@@ -100,8 +101,10 @@ def findings(
     name = "pair_accuracy" if pairs else "label_accuracy"
     figures = {name: Figure(statistics.share(right, groups), "share", "higher")}
     labels = np.array([isinstance(record, Rating) and record.label for record in records])
+    values = {name: right.tolist()}
     if not pairs:
-        figures |= _against_majority(records, found.logits.double().numpy(), labels, groups)
+        areas, by_item = _against_majority(records, found.logits.double().numpy(), labels, groups)
+        figures, values = figures | areas, values | by_item
     confident, outcome = _confidence(odds, labels, pairs)
     figures |= _calibration(confident, outcome, groups, settings.bins)
     figures |= _lengths(found, groups, pairs)
@@ -130,7 +133,7 @@ def findings(
     return Findings(
         figures=figures,
         headlines=[one for one in (name, "auc", "ece", "gain_from_pictures_blank") if one in figures],
-        items=Items([one.id for one in records], item_keys(records), groups, {name: right.tolist()}),
+        items=Items([one.id for one in records], item_keys(records), groups, values),
         charts=charts,
         samples=_samples(records, found, margins),
         said=[_said(record, own) for record, own in zip(records, found.scores.tolist(), strict=True)],
@@ -139,10 +142,10 @@ def findings(
 
 def _against_majority(
     records: Sequence[Feedback], logits: Array, labels: NDArray[np.bool_], groups: Sequence[str]
-) -> dict[str, Figure]:
+) -> tuple[dict[str, Figure], dict[str, list[float]]]:
     """AUC, and the accuracy of the more frequent label, for each objective alone: the logits of two are on scales of
-    their own."""
-    figures: dict[str, Figure] = {}
+    their own. Also what each record has to do with the AUC, NaN for those of other objectives."""
+    figures, by_item = dict[str, Figure](), dict[str, list[float]]()
     objectives = list(dict.fromkeys(record.objective for record in records))
     for objective in objectives:
         places = np.array([place for place, record in enumerate(records) if record.objective == objective])
@@ -150,9 +153,12 @@ def _against_majority(
         name = f"/objective={objective}" if len(objectives) > 1 else ""
         if 0 < own.sum() < len(own):
             figures[f"auc{name}"] = Figure(_area(logits[places], own, together), "number", "higher")
+            values = np.full(len(records), np.nan)
+            values[places] = area_by_item(logits[places], own)
+            by_item[f"auc{name}"] = values.tolist()
         constant = (own == (own.mean() >= 0.5)).astype(float)
         figures[f"majority_accuracy{name}"] = Figure(statistics.share(constant, together), "share")
-    return figures
+    return figures, by_item
 
 
 def _area(scores: Array, labels: NDArray[np.bool_], groups: Sequence[str]) -> statistics.Estimate:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import dataclasses
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import PurePath
+from typing import Any, TypeVar
 
 from perl_vlm import registry
 from perl_vlm.cli_parse import parse
@@ -14,8 +16,12 @@ from perl_vlm.report.html import Curve, Table
 from perl_vlm_eval.seeds import Seeds
 from perl_vlm_eval.studies.cells import Outcome, StudyCell
 
-Plan = Generator[Sequence[StudyCell], Mapping[str, Outcome], "StudyFindings"]
-"""Asks for cells, is sent what became of them, and ends with its findings."""
+Key = TypeVar("Key", bound=Hashable)
+Found = TypeVar("Found")
+Part = Generator[Sequence[StudyCell], Mapping[str, Outcome], Found]
+"""A part of a plan: asks for cells, is sent what became of them, and ends with what it found."""
+Plan = Part["StudyFindings"]
+"""All of a study."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,13 @@ class StudySettings:
     def __post_init__(self) -> None:
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
         require(bool(self.models), "models is empty; name at least one")
+        for each in dataclasses.fields(self):
+            values = getattr(self, each.name)
+            if isinstance(values, tuple) and each.name != "options":
+                names = [PurePath(one).name if each.name == "models" else one for one in values]
+                twice = [str(one) for place, one in enumerate(names) if one in names[:place]]
+                what = "the names of models" if each.name == "models" else each.name
+                require(not twice, f"{what} hold {', '.join(twice)} twice; each stands for an arm of its own")
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,25 @@ def cell(
     own = [part for key, value in options.items() for part in (f"--{key}", _text(value))]
     first = [settings.task, verb, "--config", settings.config, "--model", model]
     return StudyCell(name, [*first, *settings.options, *own], needs)
+
+
+def together(parts: Mapping[Key, Part[Found]]) -> Part[dict[Key, Found]]:
+    """Parts of a plan that do not need one another: whatever they ask for is asked for at once, so that as many cells
+    can run side by side as there are devices, not as one arm happens to have."""
+    found: dict[Key, Found] = {}
+    outcomes: Mapping[str, Outcome] | None = None
+    while len(found) < len(parts):
+        asked: list[StudyCell] = []
+        for key, part in parts.items():
+            if key in found:
+                continue
+            try:
+                asked += next(part) if outcomes is None else part.send(outcomes)
+            except StopIteration as end:
+                found[key] = end.value
+        if len(found) < len(parts):
+            outcomes = yield asked
+    return {key: found[key] for key in parts}
 
 
 def resolved(settings: StudySettings, verb: str, model: str) -> RunConfig:

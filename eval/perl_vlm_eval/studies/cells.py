@@ -186,10 +186,18 @@ class Workshop:
         done = [one["kind"] for one in content["cells"] if one["status"] == "done"]
         return content if cell.wants in done else None
 
-    def _wait(self, arguments: Sequence[str], log: Path, device: str | None) -> int:
-        environment = dict(os.environ)
+    def _environment(self, device: str | None) -> dict[str, str]:
+        """What a cell's process is started with. Processes that each take all cores wait for one another most of the
+        time, so cells that run at once share them, unless the user has said how many threads there shall be."""
+        found = dict(os.environ)
         if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device
+            found["CUDA_VISIBLE_DEVICES"] = device
+        if self._at_once > 1:
+            found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._at_once)))
+        return found
+
+    def _wait(self, arguments: Sequence[str], log: Path, device: str | None) -> int:
+        environment = self._environment(device)
         with log.open("ab") as stream:
             process = subprocess.Popen(
                 [sys.executable, "-m", "perl_vlm.cli", *arguments],

@@ -13,7 +13,7 @@ import numpy as np
 from perl_vlm.config.checks import require
 from perl_vlm.report.html import Curve, Table
 from perl_vlm_eval.seeds import over_seeds
-from perl_vlm_eval.studies.base import Plan, StudyFindings, StudySettings, cell, even_start, spread
+from perl_vlm_eval.studies.base import Part, Plan, StudyFindings, StudySettings, cell, even_start, spread, together
 from perl_vlm_eval.studies.differences import BySeed, Compared, figures_of, sentences, table_of, tested
 from perl_vlm_eval.studies.ways import Way, followed
 
@@ -47,11 +47,15 @@ class EnsembleSettings(StudySettings):
 
 def plan(settings: EnsembleSettings) -> Plan:
     """See ``studies.base.Plan``."""
-    ways: dict[tuple[str, str], Mapping[int, Way]] = {}
+    rewards = {
+        model: cell(settings, f"rm-{PurePath(model).name}", "rm", model, {"rm.members": settings.members, "seed": 0})
+        for model in settings.models
+    }
+    trained = yield list(rewards.values())
+    arms: dict[tuple[str, str], Part[dict[int, Way]]] = {}
     for model in settings.models:
-        base = PurePath(model).name
-        reward = cell(settings, f"rm-{base}", "rm", model, {"rm.members": settings.members, "seed": 0})
-        folder, start = (yield [reward])[reward.name].folder, even_start(settings, model)
+        reward, start = rewards[model].name, even_start(settings, model)
+        folder = trained[reward].folder
         for how in settings.combinations:
 
             def options(seed: int, how: str = how, folder: Path = folder, start: Start = start) -> dict[str, Any]:
@@ -63,10 +67,9 @@ def plan(settings: EnsembleSettings) -> Plan:
                     "ppo.save_every": settings.steps // settings.points, **start,
                 }  # fmt: skip
 
-            ways[model, how] = yield from followed(
-                settings, f"{base}-{how}", model, options, settings.limit, reward.name
-            )
-    return _findings(settings, ways)
+            name = f"{PurePath(model).name}-{how}"
+            arms[model, how] = followed(settings, name, model, options, settings.limit, reward)
+    return _findings(settings, (yield from together(arms)))
 
 
 def _findings(settings: EnsembleSettings, ways: Mapping[tuple[str, str], Mapping[int, Way]]) -> StudyFindings:

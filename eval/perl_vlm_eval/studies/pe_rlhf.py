@@ -8,7 +8,7 @@ but how they are tuned.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
@@ -16,7 +16,16 @@ from typing import Any
 from perl_vlm import registry
 from perl_vlm.config.checks import require
 from perl_vlm_eval.results import to_json
-from perl_vlm_eval.studies.base import Plan, StudyFindings, StudySettings, cell, even_start, measured_on_the_way
+from perl_vlm_eval.studies.base import (
+    Part,
+    Plan,
+    StudyFindings,
+    StudySettings,
+    cell,
+    even_start,
+    measured_on_the_way,
+    together,
+)
 from perl_vlm_eval.studies.cells import Outcome, StudyCell
 from perl_vlm_eval.studies.differences import Compared, figures_of, sentences, table_of, tested
 from perl_vlm_eval.studies.pe_rlhf_tables import (
@@ -73,31 +82,22 @@ class PeRlhfSettings(StudySettings):
 def plan(settings: PeRlhfSettings) -> Plan:
     """See ``studies.base.Plan``."""
     primary = registry.load(settings.task).primary_metric
-    rewards: dict[tuple[str, str], Arm] = {}
-    policies: dict[tuple[str, str], Arm] = {}
+    cases = [(model, arm) for model in settings.models for arm in settings.arms]
+    rewards = yield from together({case: _reward_models(settings, *case) for case in cases})
+    best = {
+        model: [run.folder for run in rewards[model, settings.middle].runs if run.done][:1]
+        if settings.reward == "learned"
+        else [settings.reward]
+        for model in settings.models
+    }
+    trained = yield from together(
+        {(model, arm): _policies(settings, model, arm, best[model][0], primary) for model, arm in cases if best[model]}
+    )
+    policies = {case: trained[case][0] if case in trained else Arm() for case in cases}
     anchors: dict[str, float] = {}
-    for model in settings.models:
-        for arm in settings.arms:
-            lrs = settings.rm_full_lrs if arm == FULL else settings.rm_lrs
-            found = yield from _searched(settings, "rm", model, arm, lrs, {})
-            known = {seed: _accuracy(run) for seed, run in enumerate(found.runs) if run.done}
-            figure = {seed: value for seed, value in known.items() if value is not None}
-            rewards[model, arm] = replace(found, figure=figure)
-        best = [run.folder for run in rewards[model, settings.middle].runs if run.done]
-        reward = settings.reward if settings.reward != "learned" else best[0] if best else None
-        for arm in settings.arms:
-            if reward is None:
-                policies[model, arm] = Arm()
-                continue
-            lrs = settings.ppo_full_lrs if arm == FULL else settings.ppo_lrs
-            options = {"ppo.reward_model": reward, **even_start(settings, model)}
-            found = yield from _searched(settings, "ppo", model, arm, lrs, options)
-            judged = yield from _judged(settings, model, arm, found)
-            done = {seed: run for seed, run in judged.items() if run.done}
-            figure = {seed: run.metrics[f"policy/{primary}"] for seed, run in done.items()}
-            policies[model, arm] = replace(found, figure=figure)
-            for run in done.values():
-                anchors.setdefault(model, run.metrics[f"anchor/{primary}"])
+    for (model, _), (_, known) in trained.items():
+        for anchor in known:
+            anchors.setdefault(model, anchor)
     return _findings(
         Results(
             settings.task,
@@ -114,9 +114,30 @@ def plan(settings: PeRlhfSettings) -> Plan:
     )
 
 
+def _reward_models(settings: PeRlhfSettings, model: str, arm: str) -> Part[Arm]:
+    """The reward models of an arm, with their accuracies by seed."""
+    lrs = settings.rm_full_lrs if arm == FULL else settings.rm_lrs
+    found = yield from _searched(settings, "rm", model, arm, lrs, {})
+    known = {seed: _accuracy(run) for seed, run in enumerate(found.runs) if run.done}
+    return replace(found, figure={seed: value for seed, value in known.items() if value is not None})
+
+
+def _policies(
+    settings: PeRlhfSettings, model: str, arm: str, reward: str | PurePath, primary: str
+) -> Part[tuple[Arm, list[float]]]:
+    """The policies of an arm, with their primary metric by seed, and what their anchor has."""
+    lrs = settings.ppo_full_lrs if arm == FULL else settings.ppo_lrs
+    options = {"ppo.reward_model": reward, **even_start(settings, model)}
+    found = yield from _searched(settings, "ppo", model, arm, lrs, options)
+    judged = yield from _judged(settings, model, arm, found)
+    done = {seed: run for seed, run in judged.items() if run.done}
+    figure = {seed: run.metrics[f"policy/{primary}"] for seed, run in done.items()}
+    return replace(found, figure=figure), [run.metrics[f"anchor/{primary}"] for run in done.values()]
+
+
 def _searched(
     settings: PeRlhfSettings, verb: str, model: str, arm: str, lrs: Sequence[float], options: Mapping[str, Any]
-) -> Generator[Sequence[StudyCell], Mapping[str, Outcome], Arm]:
+) -> Part[Arm]:
     """The trials of an arm, then every seed with the best learning rate."""
 
     measured = measured_on_the_way(settings, verb, model)
@@ -147,9 +168,7 @@ def _on_validation(run: Outcome, verb: str) -> tuple[float, ...]:
     return max(((one[0], *(-loss for loss in one[1:])) for one in known), default=(float("-inf"),))
 
 
-def _judged(
-    settings: PeRlhfSettings, model: str, arm: str, trained: Arm
-) -> Generator[Sequence[StudyCell], Mapping[str, Outcome], dict[int, Outcome]]:
+def _judged(settings: PeRlhfSettings, model: str, arm: str, trained: Arm) -> Part[dict[int, Outcome]]:
     """The policies' figures on test data, by seed."""
     cells = {
         seed: cell(

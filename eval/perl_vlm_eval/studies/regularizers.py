@@ -12,7 +12,7 @@ from typing import Any
 from perl_vlm.config.checks import require
 from perl_vlm.report.html import Curve, Table
 from perl_vlm_eval.seeds import over_seeds
-from perl_vlm_eval.studies.base import Plan, StudyFindings, StudySettings, even_start, spread
+from perl_vlm_eval.studies.base import Part, Plan, StudyFindings, StudySettings, even_start, spread, together
 from perl_vlm_eval.studies.differences import BySeed, Compared, figures_of, sentences, table_of, tested
 from perl_vlm_eval.studies.ways import Way, followed
 
@@ -58,7 +58,7 @@ class RegularizerSettings(StudySettings):
 
 def plan(settings: RegularizerSettings) -> Plan:
     """See ``studies.base.Plan``."""
-    ways: dict[tuple[str, str, str], Mapping[int, Way]] = {}
+    arms: dict[tuple[str, str, str], Part[dict[int, Way]]] = {}
     for model in settings.models:
         for tuning in settings.tunings:
             for kind in settings.kinds:
@@ -69,10 +69,8 @@ def plan(settings: RegularizerSettings) -> Plan:
                     "ppo.save_every": settings.steps // settings.points, **even_start(settings, model),
                 }  # fmt: skip
                 name = f"{PurePath(model).name}-{tuning}-{kind}"
-                ways[model, tuning, kind] = yield from followed(
-                    settings, name, model, partial(_same, options), settings.limit
-                )
-    return _findings(settings, ways)
+                arms[model, tuning, kind] = followed(settings, name, model, partial(_same, options), settings.limit)
+    return _findings(settings, (yield from together(arms)))
 
 
 def _same(options: Mapping[str, Any], seed: int) -> Mapping[str, Any]:

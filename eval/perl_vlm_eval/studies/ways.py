@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from perl_vlm_eval.studies.base import StudySettings, cell
-from perl_vlm_eval.studies.cells import Outcome, StudyCell
-
-Steps = Generator[Sequence[StudyCell], Mapping[str, Outcome], Any]
+from perl_vlm_eval.studies.base import Part, StudySettings, cell
+from perl_vlm_eval.studies.cells import StudyCell
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def followed(
     options: Callable[[int], Mapping[str, Any]],
     limit: int,
     *needs: str,
-) -> Steps:
+) -> Part[dict[int, Way]]:
     """Train a policy with every seed, keep its checkpoints, and follow it through them: a ``Way`` by seed.
 
     Args:
