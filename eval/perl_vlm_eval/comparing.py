@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from perl_vlm_eval import statistics
+from perl_vlm_eval.area import difference_of_areas
 from perl_vlm_eval.results import Better, Cell, Unit
 from perl_vlm_eval.statistics import Difference
 
@@ -117,9 +118,19 @@ def _pair(figure: str, one: Cell, other: Cell) -> Iterator[Test]:
     shared = [key for key in sides[0] if key in sides[1]]
     if not shared:
         return
-    groups = dict(zip(one.findings.items.keys, one.findings.items.groups, strict=True))
+    own = one.findings.items
+    groups = dict(zip(own.keys, own.groups, strict=True))
     before, after = ([side[key] for key in shared] for side in sides)
-    found = statistics.difference(before, after, [groups[key] for key in shared])
+    together = [groups[key] for key in shared]
+    found: Difference | None
+    if figure in own.labels:
+        label = dict(zip(own.keys, own.labels[figure], strict=True))
+        good = np.array([label[key] > 0.5 for key in shared])
+        found = difference_of_areas(np.asarray(before), np.asarray(after), good, together)
+    else:
+        found = statistics.difference(before, after, together)
+    if found is None:
+        return
     known = one.findings.figures.get(figure)
     family = "main" if figure in one.findings.headlines else "further"
     unit: Unit = known.unit if known else "number"

@@ -154,6 +154,9 @@ class EndpointJudge:
         self.endpoint = Endpoint(given, cache, **settings)
         self.name, self.requests = self.endpoint.model, requests
         self._fill = pairwise(own)
+        told = [self.endpoint.url, self.name, instructions("pairwise", own)]
+        self.identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        """What tells whether two runs had the same judge, told the same."""
         self.warnings: list[str] = []
 
     def compare(self, examples: Sequence[Example], before: Sequence[str], after: Sequence[str]) -> list[float]:

@@ -31,7 +31,7 @@ def lines_of(findings: Findings) -> list[dict[str, Any]]:
     return [
         {
             **own, "group": items.groups[place],
-            "figures": {name: values[place] for name, values in items.values.items()},
+            "figures": {name: values[place] for name, values in items.values.items() if name not in items.labels},
         }
         for place, own in enumerate(said)
     ]  # fmt: skip

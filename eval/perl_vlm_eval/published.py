@@ -33,12 +33,13 @@ SECTIONS: dict[str, dict[str, float]] = {
         "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
     },
     "Safety": {
-        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
-        "xstest-should-respond": 250, "donotanswer": 136,
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
+        "xstest-should-respond": 154, "donotanswer": 136,
     },
     "Reasoning": {"math-prm": 984, **dict.fromkeys(_REASONING_CODE, 164)},
 }  # fmt: skip
-"""RewardBench's sections, their subsets, and what each subset weighs in its section."""
+"""RewardBench's sections, their subsets, and what each subset weighs in its section: by its authors' own table, which
+is what published scores were made with, whatever number of rows a subset has."""
 _VL_SETS = {
     "RLAIF": "rlaif-v", "RLHF": "rlhf-v", "mathverse": "reasoning_tasks", "mmmu": "reasoning_tasks",
     "wildvision": "wildvision-battle", "hallucination": "povid",

@@ -43,7 +43,7 @@ def write_page(
         Report(
             title=title,
             subtitle="95 % intervals; differences are paired, their p-values corrected by Holm for their number.",
-            headline=_headline(done, tests),
+            headline=_headline(done),
             tables=[*_figures(done), *_seeds(seeds), *_tests(tests)],
             facts=facts,
             curves=[_curve(cell, chart) for cell in done for chart in cell.findings.charts if chart.x],
@@ -61,8 +61,8 @@ def print_tables(cells: Sequence[Cell], tests: Sequence[Test], seeds: Sequence[O
     for name in dict.fromkeys(cell.evaluation for cell in done):
         own = [cell for cell in done if cell.evaluation == name]
         figures = list(dict.fromkeys(figure for cell in own for figure in cell.findings.headlines))
-        rows = [(figure, *(_shown(cell, figure) for cell in own)) for figure in figures]
-        print_table(console, name, ("figure", *(cell.run for cell in own)), rows)
+        rows = [(figure, *(_shown(cell, figure) for cell in own), _items(own, figure)) for figure in figures]
+        print_table(console, name, ("figure", *(cell.run for cell in own), "items"), rows)
     for table in _seeds(seeds):
         print_table(console, table.title, table.header, table.rows)
     main = [test for test in tests if test.family == "main"]
@@ -70,8 +70,8 @@ def print_tables(cells: Sequence[Cell], tests: Sequence[Test], seeds: Sequence[O
         rows = [(test.what, f"{test.b} - {test.a}", *_difference(test)) for test in main]
         print_table(console, "differences", ("figure", "of", "difference", "p (Holm)", "verdict"), rows)
     for cell in done:
-        for verdict in cell.findings.verdicts:
-            console.print(Text(f"{cell.run}: {verdict}"))
+        for said in (*cell.findings.verdicts, *cell.findings.warnings):
+            console.print(Text(f"{cell.run}: {said}"))
     for hole in (*apart(done), *_holes(cells)):
         console.print(Text(hole))
 
@@ -86,7 +86,7 @@ def print_table(console: Console, title: str, header: Sequence[str], rows: Seque
     console.print(table)
 
 
-def _headline(cells: Sequence[Cell], tests: Sequence[Test]) -> list[tuple[str, str, str]]:
+def _headline(cells: Sequence[Cell]) -> list[tuple[str, str, str]]:
     found = []
     for cell in cells:
         for name in cell.findings.headlines[:2]:
@@ -160,6 +160,8 @@ def _tests(tests: Sequence[Test]) -> list[Table]:
     for family, note in notes.items():
         rows = [(test.what, f"{test.b} less {test.a}", *_difference(test)) for test in tests if test.family == family]
         if rows:
+            if len(rows) > ROWS_A_TABLE:
+                note += f" The first {ROWS_A_TABLE} of {len(rows):,}; all are in results.json."
             tables.append(Table(titles[family], header, rows[:ROWS_A_TABLE], note))
     return tables
 

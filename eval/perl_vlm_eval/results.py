@@ -18,7 +18,7 @@ from perl_vlm_eval.statistics import Difference, Estimate
 
 SCHEMA = 1
 
-Unit = Literal["share", "number", "nats", "tokens", "seconds", "bytes", "joules", "count"]
+Unit = Literal["share", "number", "nats", "tokens", "seconds", "bytes", "joules"]
 Better = Literal["higher", "lower"]
 
 
@@ -71,10 +71,12 @@ class Items:
     """A hash of what each item says: generated items of two tasks may have one id."""
     groups: Sequence[str] = ()
     values: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """By the name of the figure whose mean they are; NaN where an item has none."""
+    """By the name of the figure whose mean they are, or that has ``labels``; NaN where an item has none."""
     scales: Mapping[str, str] = field(default_factory=dict)
-    """Of figures that two runs may have on scales of their own, such as rewards: whose scale it is. Runs are compared
-    by them where it is the same."""
+    """Of figures that two runs may have on scales of their own, such as rewards, or by instruments of their own, such
+    as judges: which one it is. Runs are compared by them where it is the same."""
+    labels: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Of figures that are areas under ROC curves, whose values are scores: 1 for good items and 0 for bad ones."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,5 @@ def written(value: float | None, unit: str, *, bare: bool = False, sign: bool = 
         return f"{100 * value:{plus}.1f}" + ("" if bare else " points" if sign else " %")
     if unit == "bytes":
         return f"{value / 2**20:{plus},.0f}" + ("" if bare else " MiB")
-    if unit == "count":
-        return f"{value:{plus},.0f}"
     name = {"nats": " nats", "tokens": " tokens", "seconds": " s", "joules": " J"}.get(unit, "")
     return f"{value:{plus}.3g}" + ("" if bare else name)

@@ -60,11 +60,13 @@ def paired_over_seeds(before: Numbers, after: Numbers) -> Difference:
     found = over_seeds(other - one)
     if found.spread is None or found.low is None or found.high is None:
         return Difference(found.mean, None, None, 1, 1, "of one seed nothing is known of its spread")
-    if found.spread == 0:
-        p = 1.0 if found.mean == 0 else 0.0
-    else:
-        t = abs(found.mean) / (found.spread / found.seeds**0.5)
-        p = float(2 * distributions.t.sf(t, found.seeds - 1))
+    if found.spread < 1e-12 and found.mean != 0:
+        # Metrics of few items come in steps, which two or three seeds may share by luck.
+        return Difference(
+            found.mean, None, None, found.seeds, found.seeds, "all seeds differ alike, so their noise is not known"
+        )
+    t = abs(found.mean) / (found.spread / found.seeds**0.5) if found.spread else 0.0
+    p = float(2 * distributions.t.sf(t, found.seeds - 1))
     return Difference(
         found.mean, found.low, found.high, found.seeds, found.seeds, "Student's, over seeds", p, "paired t"
     )

@@ -77,7 +77,7 @@ def share(hits: Numbers, groups: Sequence[Hashable] | None = None, *, seed: int 
     alone = count == given.size and bool(np.isin(given, (0.0, 1.0)).all())
     if alone or bool(np.ptp(_group_means(given, member)) < 1e-12):
         value = float(given.mean())
-        low, high = _clopper_pearson(value * count, count)
+        low, high = clopper_pearson(value * count, count)
         how = "exact (Clopper-Pearson)" + ("" if alone else ", each group counted once")
         return Estimate(value, low, high, given.size, count, how)
     return mean(given, groups, seed=seed)
@@ -293,7 +293,7 @@ def too_few(groups: int) -> str:
     return f"too few for an interval: {groups} independent item{'' if groups == 1 else 's'}, at least {LEAST} wanted"
 
 
-def _clopper_pearson(hits: float, count: int) -> tuple[float, float]:
+def clopper_pearson(hits: float, count: int) -> tuple[float, float]:
     """The exact interval of ``hits`` of ``count``, as quantiles of beta distributions, which take halves too."""
     low = 0.0 if hits <= 0 else float(distributions.beta.ppf(LEVEL / 2, hits, count - hits + 1))
     high = 1.0 if hits >= count else float(distributions.beta.ppf(1 - LEVEL / 2, hits + 1, count - hits))

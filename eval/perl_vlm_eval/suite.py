@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,9 @@ def _line(entry: Any, place: int, path: Path, changes: Mapping[str, Any]) -> Lin
         raise UsageError(f"{where}: found {entry!r}, where settings with a `kind:` were expected")
     kind = KINDS.get(entry["kind"])
     if kind is None:
-        raise UsageError(f"{where}: there is no kind {entry['kind']!r}; there are {', '.join(KINDS)}")
+        near = difflib.get_close_matches(entry["kind"], KINDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"{where}: there is no kind {entry['kind']!r}.{hint} There are {', '.join(KINDS)}")
     known = settings_of(kind.Settings())
     given = {str(key): value for key, value in entry.items() if key not in ("kind", "name")}
     given |= {key: value for key, value in changes.items() if key in known}

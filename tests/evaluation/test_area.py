@@ -8,7 +8,7 @@ import scipy.stats
 
 from perl_vlm.stats import auc
 from perl_vlm_eval import statistics
-from perl_vlm_eval.area import area_by_item
+from perl_vlm_eval.area import area, area_by_item, difference_of_areas
 from perl_vlm_eval.comparing import differences_of
 from perl_vlm_eval.results import Cell, Figure, Findings, Items
 from perl_vlm_eval.statistics import difference
@@ -67,11 +67,40 @@ def test_reward_models_are_compared_by_their_areas() -> None:
     labels = draw.random(200) < 0.5
     keys = [str(place) for place in range(200)]
 
-    def cell(run: str, ahead: float) -> Cell:
-        scores = draw.normal(labels * ahead, 1)
-        figure = Figure(statistics.share((scores > 0) == labels), "number", "higher")
-        items = Items(keys, keys, keys, {"auc": area_by_item(scores, labels).tolist()})
-        return Cell("rm", "reward_model", run, run, "done", "", 0.0, Findings({"auc": figure}, ["auc"], items))
+    weak, strong = draw.normal(labels * 0.3, 1), draw.normal(labels * 2.0, 5) * 30
 
-    (test,) = differences_of([cell("weak", 0.3), cell("strong", 2.0)])
+    def cell(run: str, scores: np.ndarray, rows: slice) -> Cell:
+        found, names = Figure(area(scores[rows], labels[rows], keys[rows]), "number", "higher"), keys[rows]
+        marks = {"auc": labels[rows].astype(float).tolist()}
+        items = Items(names, names, names, {"auc": scores[rows].tolist()}, labels=marks)
+        return Cell("rm", "reward_model", run, run, "done", "", 0.0, Findings({"auc": found}, ["auc"], items))
+
+    every = slice(None)
+    (test,) = differences_of([cell("weak", weak, every), cell("strong", draw.normal(labels * 2.0, 1) * 30, every)])
     assert (test.what, test.family, test.words) == ("rm: auc", "main", "better")
+    # Of one run measured on few and on many items nothing differs on those that both have.
+    (test,) = differences_of([cell("few", strong, slice(0, 90)), cell("many", strong, every)])
+    assert (test.estimate.value, test.estimate.items) == (0.0, 90)
+    here = differences_of([cell("few", weak, slice(0, 90)), cell("many", strong, slice(40, None))])[0].estimate
+    shared = slice(40, 90)
+    assert here.value == pytest.approx(auc(strong[shared], labels[shared]) - auc(weak[shared], labels[shared]))
+
+
+def test_a_rare_label_makes_an_area_as_unsure_as_it_is_rare() -> None:
+    draw = np.random.default_rng(4)
+    labels, groups = np.arange(1000) < 999, [str(place) for place in range(1000)]
+    one, other = draw.normal(size=(2, 1000))
+    found, apart = area(one, labels, groups), difference_of_areas(one, other, labels, groups)
+    assert (found.low, found.items) == (None, 1000)
+    assert "1 independent item of the rarer label" in found.method
+    assert apart is not None
+    assert (apart.low, apart.p) == (None, None)
+    assert statistics.in_words(apart, apart.p).startswith("cannot be told: too few")
+    assert difference_of_areas(one, other, np.ones(1000, dtype=bool), groups) is None
+
+
+def test_a_whole_area_is_no_certainty() -> None:
+    labels = np.arange(40) < 20
+    found = area(labels * 1.0, labels, [str(place) for place in range(40)])
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(0.025 ** (1 / 20)), "20 of 20"

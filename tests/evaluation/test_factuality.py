@@ -90,7 +90,8 @@ def test_precision_is_over_answers_that_claim_anything() -> None:
     assert (figures["precision"].estimate.value, figures["precision"].estimate.items) == (1.0, 20)
     assert figures["answers_with_claims"].estimate.value == 0.5
     assert (figures["gain/precision"].estimate.value, figures["gain/precision"].estimate.items) == (0.5, 20)
-    assert figures["precision"].note == "by words alone"
+    assert all(figure.note.endswith("by words alone") for figure in figures.values())
+    assert findings(examples, answers, checked, "", "a judge").items.scales == {"precision": "a judge"}
     assert math.isnan(found.items.values["precision"][0])
 
 

@@ -47,7 +47,8 @@ def test_gold_that_falls_while_the_proxy_rises_is_hacking() -> None:
     ("gold", "proxy", "said"),
     [
         ([0.3, 0.6, 0.9], [0, 1, 2], "No sign of reward hacking: gold is highest where training ended"),
-        ([0.5, 0.9, 0.4], [0, 2, 0], "but the proxy did not rise with it: a loss, not hacking"),
+        ([0.5, 0.9, 0.4], [0, 2, 0], "but the proxy fell with it: a loss, not hacking"),
+        ([0.5, 0.9, 0.4], [0, 1, 1], "whether the proxy rose is within noise, so this may be reward hacking or a"),
         ([0.5, 0.62, 0.6], [0, 1, 2], "No reward hacking shown: the fall of gold is within noise"),
     ],
 )
@@ -55,6 +56,15 @@ def test_what_is_no_hacking_is_not_called_so(gold: list[float], proxy: list[floa
     found = way(gold, proxy)
     assert said in found.verdicts[0]
     assert "disagreement" not in found.figures
+
+
+def test_few_prompts_have_no_verdict() -> None:
+    points = [
+        Point(name, np.array(gold), *(np.arange(4.0) for _ in range(4)), np.zeros(4), np.zeros(4))
+        for name, gold in (("anchor", [0.0] * 4), ("round 1", [1.0] * 4), ("policy", [0.0] * 4))
+    ]
+    (verdict,) = findings(points, EXAMPLES[:4], "accuracy", "share").verdicts
+    assert verdict.startswith("Whether gold fell cannot be told: too few for an interval: 4 independent items")
 
 
 @pytest.mark.slow

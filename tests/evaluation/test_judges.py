@@ -98,6 +98,19 @@ def test_a_win_is_one_in_both_orders(server: Server, tmp_path: Path) -> None:
     assert {one["model"] for one in server.asked} == {"good-judge"}
 
 
+def test_judges_of_one_name_are_told_apart(server: Server, tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("{prompt} {first} {second}")
+    same, elsewhere = (
+        EndpointJudge(server.given, tmp_path),
+        EndpointJudge("openai:http://other/v1#good-judge", tmp_path),
+    )
+    told = EndpointJudge(server.given, tmp_path, own=own)
+    assert same.identity == EndpointJudge(server.given, tmp_path / "cache").identity
+    assert len({same.identity, elsewhere.identity, told.identity}) == 3
+    assert {same.name, elsewhere.name, told.name} == {"good-judge"}
+
+
 def test_a_judge_that_likes_the_first_answer_gives_ties(server: Server, tmp_path: Path) -> None:
     server.judge = lambda text: "A"
     assert EndpointJudge(server.given, tmp_path).compare(EXAMPLES, ["x", "y"], ["z", "w"]) == [0.5, 0.5]

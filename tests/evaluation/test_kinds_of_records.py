@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from perl_vlm.cli import main
+from perl_vlm.stats import auc
 
 pytestmark = pytest.mark.slow
 
@@ -41,8 +43,11 @@ def test_labels_have_an_area_and_a_majority(tmp_path: Path) -> None:
     assert figures["majority_accuracy"]["estimate"]["value"] == 0.75
     assert figures["auc"]["estimate"]["items"] == 40
     (kept,) = (tmp_path / "out" / "cells").glob("*.json")
-    by_item = json.loads(kept.read_text())["items"]["values"]["auc"]
-    assert sum(by_item) / 40 == pytest.approx(figures["auc"]["estimate"]["value"]), "what runs are compared by"
+    items = json.loads(kept.read_text())["items"]
+    assert sum(items["labels"]["auc"]) == 30
+    scores = np.array(items["values"]["auc"])
+    good = np.array(items["labels"]["auc"]) > 0.5
+    assert auc(scores, good) == pytest.approx(figures["auc"]["estimate"]["value"]), "what runs are compared by"
 
 
 def test_choices_are_judged_by_log_prob(whole_run: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from perl_vlm.cli import main
 from perl_vlm.errors import BadRecord, PerlVlmError
+from perl_vlm.types import Comparison, Message
 from perl_vlm_eval.evaluations.published_sets import PublishedSets, PublishedSettings, findings
 from perl_vlm_eval.published import FORMATS, SECTIONS
 
@@ -60,6 +61,22 @@ def test_reward_bench_weighs_math_like_all_code(tmp_path: Path) -> None:
     assert found["overall"].estimate.value == pytest.approx(24 / 36)
     assert found["subset/hep-go"].estimate.value == 1.0
     assert sum(map(len, SECTIONS.values())) == 23, "as many subsets as its authors list"
+    assert (SECTIONS["Safety"]["xstest-should-refuse"], SECTIONS["Safety"]["xstest-should-respond"]) == (250, 154)
+
+
+@pytest.mark.parametrize("format", ["rewardbench", "vl_rewardbench"])
+def test_all_right_is_no_certainty(format: str) -> None:
+    sections = [("Chat", "alpacaeval-easy"), ("Reasoning", "math-prm")]
+    rows = [
+        Comparison(f"{section}-{place}", (Message("user", (f"{section} {place}?",)),), "yes", "no",
+                   metadata={"section": section, "subset": subset})
+        for section, subset in sections for place in range(12)
+    ]  # fmt: skip
+    figures = findings(rows, np.tile([1.0, 0.0], (24, 1)), format, []).figures
+    for name, count in (("section/Chat", 12), ("section/Reasoning", 12), ("macro", 24), ("overall", 24)):
+        estimate = figures[name].estimate
+        assert (estimate.value, estimate.high) == (1.0, 1.0)
+        assert estimate.low == pytest.approx(0.025 ** (1 / count))
 
 
 def test_vl_reward_bench_goes_by_ranks_and_names() -> None:

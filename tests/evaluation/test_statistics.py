@@ -11,7 +11,8 @@ import pytest
 import scipy.stats
 
 from perl_vlm_eval import statistics
-from perl_vlm_eval.evaluations.reward_models import _area, _calibration
+from perl_vlm_eval.area import area
+from perl_vlm_eval.evaluations.reward_models import _calibration
 from perl_vlm_eval.metrics.calibration import calibration_error
 from perl_vlm_eval.seeds import over_seeds, paired_over_seeds
 from perl_vlm_eval.statistics import (
@@ -226,6 +227,9 @@ def test_arms_over_seeds_are_paired() -> None:
     assert (found.low, found.high) == (pytest.approx(ends.low), pytest.approx(ends.high))
     assert paired_over_seeds([0.5], [0.6]).p is None
     assert paired_over_seeds([0.5, 0.6], [0.5, 0.6]).p == 1.0
+    alike = paired_over_seeds([0.60, 0.70], [0.62, 0.72])
+    assert (alike.value, alike.p, alike.low) == (pytest.approx(0.02), None, None), "no spread is no certainty"
+    assert in_words(alike, alike.p).startswith("cannot be told: all seeds differ alike")
     with pytest.raises(ValueError, match="seeds are paired"):
         paired_over_seeds([0.5, 0.6], [0.5])
 
@@ -258,7 +262,7 @@ def test_an_area_s_interval_covers_it() -> None:
     for _ in range(60):
         labels = draw.random(120) < 0.5
         scores = draw.normal(labels * 1.0, 1)  # the area is that of a normal at 1 / sqrt(2)
-        found = _area(scores, labels, [str(place) for place in range(120)])
+        found = area(scores, labels, [str(place) for place in range(120)])
         hits += covered(found.low, found.high, scipy.stats.norm.cdf(1 / 2**0.5))
     assert hits / 60 >= 0.88
 

@@ -97,7 +97,7 @@ def test_as_many_at_once_as_there_are_places(tmp_path: Path) -> None:
 def test_cells_at_once_share_the_cores(
     devices: Sequence[str | None], own: str | None, threads: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(cells, "_cores", lambda: 7)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if own is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", own)
@@ -106,9 +106,45 @@ def test_cells_at_once_share_the_cores(
     seen.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS $CUDA_VISIBLE_DEVICES" > "$0.said"\nexit 3\n')
     seen.chmod(0o755)
     workshop = Workshop(tmp_path / "out", devices, lambda text: None, StopOnSignal())
-    assert not workshop.make([cell("a")])["a"].done
+    assert not any(found.done for found in workshop.make([cell(str(at)) for at in range(len(devices))]).values())
     said = (tmp_path / "seen.said").read_text().rstrip("\n").split(" ")
     assert said == [threads or "", devices[0] or os.environ.get("CUDA_VISIBLE_DEVICES", "")]
+
+
+def test_a_cell_that_is_alone_has_all_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    bench = Bench(tmp_path, (None,) * 4)
+    bench.make([cell("a")])
+    assert "OMP_NUM_THREADS" not in bench._environment(None)
+    bench.make([cell("b"), cell("c")])
+    assert bench._environment(None)["OMP_NUM_THREADS"] == str(max(1, cells._cores() // 2))
+
+
+def test_a_stop_starts_none_of_those_that_wait(tmp_path: Path) -> None:
+    class Stopping(Bench):
+        def _wait(self, arguments: Sequence[str], log: Path, device: str | None) -> int:
+            self.stop.code = 130
+            return super()._wait(arguments, log, device)
+
+    bench = Stopping(tmp_path)
+    with pytest.raises(Stopped):
+        bench.make([cell(str(place)) for place in range(5)])
+    assert len(bench.runs) == 1
+    assert not any("failed" in line for line in bench.said)
+
+
+def test_an_older_attempt_s_error_is_not_this_one_s(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    folder = tmp_path / "cells" / cell("silent").folder
+    folder.parent.mkdir(parents=True)
+    folder.with_name(f"{folder.name}.log").write_text("perl-vlm: error: an old one\n")
+
+    class Silent(Bench):
+        def _wait(self, arguments: Sequence[str], log: Path, device: str | None) -> int:
+            return 9
+
+    assert Silent(tmp_path).make([cell("silent")])["silent"].why == "exit code 9"
+    assert bench.runs == []
 
 
 def test_other_settings_are_another_cell(tmp_path: Path) -> None:

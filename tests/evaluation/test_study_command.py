@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from perl_vlm.cli import main
-from perl_vlm_eval.studies import STUDIES, pe_rlhf, pe_rlhf_tables
+from perl_vlm_eval.studies import STUDIES, base, pe_rlhf, pe_rlhf_tables
 from perl_vlm_eval.studies.base import cell
 from perl_vlm_eval.studies.cells import Outcome
 from perl_vlm_eval.studies.command import drive
@@ -126,11 +126,22 @@ def test_figures_on_test_data_choose_nothing(tmp_path: Path) -> None:
 
 
 def test_a_reward_that_knows_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "a")).verdicts) == 4
+    known = drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "a")).verdicts
+    assert len(known) == 5
+    assert "reward model full (2, the smallest of 2)" in known[4], "the search may have ended too soon"
     monkeypatch.setitem(FIGURES, "r4", 0.48)
     found = drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "b")).verdicts
     assert "are not shown to be above chance" in found[4]
+    assert not any("below their anchor" in said for said in found), "48 to 50 of three seeds is no fall from 50"
+    monkeypatch.setitem(FIGURES, "r4", 0.40)
+    found = drive(pe_rlhf.plan(SETTINGS), Known(tmp_path / "c")).verdicts
     assert found[5] == "tiny: policies are below their anchor in 4."
+
+
+def test_rates_in_the_middle_of_what_was_tried_are_no_edge(tmp_path: Path) -> None:
+    wide = {"rm_lrs": (1, 2, 3), "rm_full_lrs": (1, 2, 3), "ppo_lrs": (1, 2, 3), "ppo_full_lrs": (1, 2, 3)}
+    found = drive(pe_rlhf.plan(PeRlhfSettings(**{**vars(SETTINGS), **wide})), Known(tmp_path)).verdicts
+    assert not any("edge" in said for said in found)
 
 
 def test_another_reward_than_the_learned_one(tmp_path: Path) -> None:
@@ -146,6 +157,24 @@ def test_another_reward_than_the_learned_one(tmp_path: Path) -> None:
     found = drive(pe_rlhf.plan(PeRlhfSettings(**{**vars(SETTINGS), "reward": "verify"})), Rewards(tmp_path))
     assert rewards == {"verify"}
     assert "policies' reward is verify" in found.tables[0].note
+
+
+def test_other_files_make_other_cells(tmp_path: Path) -> None:
+    model, config = tmp_path / "model", tmp_path / "own.yaml"
+    model.mkdir()
+    own = PeRlhfSettings(**{**vars(SETTINGS), "config": str(config), "models": (str(model),)})
+
+    def folder(steps: int) -> str:
+        config.write_text(f"rm:\n  steps: {steps}\n")
+        base._basis.cache_clear()  # as in another process
+        return cell(own, "one", "rm", str(model), {"seed": 1}).folder
+
+    (model / "weights").write_text("these")
+    first = folder(3)
+    assert folder(3) == first
+    assert folder(4) != first, "a config that was edited"
+    (model / "weights").write_text("others")
+    assert folder(3) != first, "a model that was exported anew"
 
 
 @pytest.mark.parametrize("verb", ["rm", "ppo", "eval"])

@@ -49,6 +49,7 @@ class Known:  # in place of a Workshop
         arm, seed = cell.name.split("-")[-2], int(cell.name[-1])
         # LoRA is two points ahead, more or less.
         ahead = 0.02 + 0.001 * seed * (len(arm) % 3) if "-lora-" in cell.name else 0.0
+        ahead += 0.0002 * seed if arm in ("none", "single") else 0.0  # seeds never differ quite alike
         return Outcome(self.out / cell.name, "", results(GOLD[arm] + ahead + 0.01 * seed, seed))
 
 
@@ -72,7 +73,8 @@ def test_regularisers_side_by_side(tmp_path: Path) -> None:
     differences = {(row[0], row[1]): row for row in found.tables[1].rows}
     assert differences["tiny, k1, gold", "LoRA less full tuning"][2] == "+2.2"
     assert differences["tiny, none, KL in nats", "LoRA less full tuning"][-1] == "within noise"
-    assert differences["tiny, full, gold", "k1 less none"][2:] == ("-30.0", "[-30.0, -30.0]", "0", "worse")
+    worse = differences["tiny, full, gold", "k1 less none"]
+    assert (*worse[2:4], worse[-1]) == ("-30.0", "[-30.1, -30.0]", "worse")
     assert differences["tiny, lora, k1, factual precision", "the policy less the anchor"][2] == "-11.0"
     assert differences["tiny, k2, gold", "LoRA less full tuning"][-1] == "cannot be told: too few finished runs"
     assert any(said.startswith("tiny, full, gold: k1 61.0 ± 1.0 against 91.0 ± 1.0 of none") for said in found.verdicts)
@@ -147,9 +149,24 @@ def test_parts_of_a_plan_may_end_at_different_times(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("regularizers", ("--ppo.steps", "180"), "--ppo.steps after .* give --steps"),
+        ("regularizers", ("--ppo.kl-coef=0.1",), "give --kl_coef"),
+        ("ensembles", ("--ppo.eval_every", "5"), "as the last round left them"),
+        ("pe-rlhf", ("--rm.steps", "3", "--seed", "7"), "give --seeds"),
+        ("pe-rlhf", ("--ppo.reward_model", "verify"), "give --reward"),
+    ],
+)
+def test_what_a_study_sets_itself_is_not_dropped_in_silence(name: str, options: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        STUDIES[name].settings(task="vqa", options=options)
+
+
+@pytest.mark.parametrize(
     ("name", "wrong"),
     [
-        ("regularizers", {"kinds": ("k9",)}), ("regularizers", {"points": 50}),
+        ("regularizers", {"kinds": ("k9",)}), ("regularizers", {"points": 50}), ("regularizers", {"points": 7}),
         ("regularizers", {"tunings": ("dora",)}),
         ("regularizers", {"kinds": ("k1", "none", "k1")}), ("regularizers", {"models": ("small", "mine/small")}),
         ("pe-rlhf", {"ranks": (8, 1, 8)}), ("ensembles", {"members": 1}),

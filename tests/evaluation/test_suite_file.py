@@ -37,7 +37,7 @@ def test_settings_are_typed_and_may_be_changed(tmp_path: Path) -> None:
         ("evaluations: []", "should hold `evaluations:`"),
         ("- kind: policy", "should hold `evaluations:`"),
         ("evaluations:\n- limit: 3", "evaluation 1: found {'limit': 3}"),
-        ("evaluations:\n- kind: polices", "no kind 'polices'; there are"),
+        ("evaluations:\n- kind: polices", "no kind 'polices'. Did you mean policy? There are"),
         ("evaluations:\n- kind: policy\n  limt: 3", "no setting limt. Nearest: limit"),
         ("evaluations:\n- kind: policy\n  limit: many", "evaluation 1: limit is 'many'; expected"),
         ("evaluations:\n- kind: policy\n  best_of: 1", "best_of is 1; it must be 0, or 2 or more"),

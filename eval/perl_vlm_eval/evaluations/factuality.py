@@ -8,6 +8,8 @@ support: a fallback that sees words and no meaning, and is called so wherever it
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -109,7 +111,9 @@ class Factuality(Evaluation):
 
         known = [knowledge(example) for example in examples]
         checked = {label: checker.check(examples, said, known) for label, said in answers.items()}
-        found = findings(examples, answers, checked, "" if settings.judge else OFFLINE)
+        how = [settings.judge or settings.threshold, settings.knowledge, self.depends_on(opened)]
+        instrument = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:16]
+        found = findings(examples, answers, checked, "" if settings.judge else OFFLINE, instrument)
         return replace(found, warnings=[*found.warnings, *checker.warnings])
 
 
@@ -118,12 +122,14 @@ def findings(
     answers: dict[str, list[str]],
     checked: dict[str, list[list[bool]]],
     note: str,
+    instrument: str = "",
 ) -> Findings:
     """Precision of each side over the answers that claim anything, and their difference where both do.
 
     Args:
         checked: by side, of each answer which of its claims are supported.
         note: how claims were checked, where that must be said.
+        instrument: what tells whether two runs' claims were checked alike.
     """
     groups = group_names(examples)
     precision = {
@@ -137,7 +143,7 @@ def findings(
         known = np.flatnonzero(np.isfinite(own))
         if known.size:
             found = statistics.share(own[known], [groups[place] for place in known])
-            figures[f"{prefix}precision"] = Figure(found, "share", "higher", note)
+            figures[f"{prefix}precision"] = Figure(found, "share", "higher")
         claiming = [float(bool(claims)) for claims in checked[label]]
         figures[f"{prefix}answers_with_claims"] = Figure(statistics.share(claiming, groups), "share")
         counts = [float(len(claims)) for claims in checked[label]]
@@ -158,7 +164,12 @@ def findings(
         for place in order
     ]  # fmt: skip
     heads = [name for name in ("gain/precision", "precision", "answers_with_claims") if name in figures]
-    items = Items([one.id for one in examples], item_keys(examples), groups, {"precision": precision[last].tolist()})
+    if note:
+        figures = {name: replace(own, note="; ".join(filter(None, (own.note, note)))) for name, own in figures.items()}
+    items = Items(
+        [one.id for one in examples], item_keys(examples), groups, {"precision": precision[last].tolist()},
+        {"precision": instrument},
+    )  # fmt: skip
     said = [
         {
             **asked(example), "reference": example.reference,

@@ -97,6 +97,7 @@ class Measured:
             name = judge.name if f"win_rate/{judge.name}" not in self.figures else judge.endpoint.url
             won = np.asarray(judge.compare(self.examples, before, after))
             self._win_rate(name, won)
+            self.scales[f"win_rate/{name}"] = judge.identity
             ahead = statistics.difference(1 - won, won, self.groups)
             note = f"share of wins less that of losses; p = {ahead.p:.3g} ({ahead.test})"
             self.figures[f"gain/wins/{name}"] = Figure(ahead, "share", "higher", note)
@@ -133,7 +134,8 @@ class Measured:
             chosen_by, worth = (np.asarray(side, dtype=np.float64).T for side in draws)
             prefix = "" if label == self.last else f"{label}/"
             for n in powers(most):
-                found = statistics.mean(best_of_n(chosen_by, worth, n), groups)
+                measure = statistics.share if self._unit() == "share" else statistics.mean
+                found = measure(np.clip(best_of_n(chosen_by, worth, n), worth.min(), worth.max()), groups)
                 series.setdefault(f"{label}: {self.primary}", []).append((float(n), found.value))
                 note = f"the best of {n} samples by {name}; KL of best-of-n at most {divergence_of_best(n):.2f} nats"
                 self.figures[f"{prefix}best_of_{n}"] = Figure(found, self._unit(), "higher", note)

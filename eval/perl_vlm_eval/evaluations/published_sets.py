@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,7 @@ from perl_vlm_eval.logs import asked
 from perl_vlm_eval.opened import OpenRun
 from perl_vlm_eval.published import FORMATS
 from perl_vlm_eval.results import Figure, Findings, Items
+from perl_vlm_eval.statistics import Estimate
 
 Array = NDArray[np.float64]
 
@@ -139,9 +140,8 @@ def findings(records: Sequence[Comparison], scores: Array, format: str, notes: S
         ]
         return float(np.mean(parts))
 
-    figures["macro"] = Figure(
-        statistics.statistic(macro, len(right), groups), "share", "higher", "the mean of the sections"
-    )
+    found = statistics.statistic(macro, len(right), groups)
+    figures["macro"] = Figure(_sure(found, right, groups), "share", "higher", "the mean of the sections")
     for name in np.unique(sections):
         places = np.flatnonzero(sections == name)
         weights = (benchmark.weights or {}).get(name)
@@ -152,7 +152,10 @@ def findings(records: Sequence[Comparison], scores: Array, format: str, notes: S
             at = own[drawn]
             return _section(right[at], subsets[at], np.ones(len(at), dtype=bool), w)
 
-        found = statistics.statistic(measure, len(places), [groups[place] for place in places])
+        together = [groups[place] for place in places]
+        found = statistics.share(right[places], together)
+        if weights:
+            found = _sure(statistics.statistic(measure, len(places), together), right[places], together)
         figures[f"section/{name}"] = Figure(found, "share", "higher")
     for name in np.unique(subsets):
         if name not in sections:
@@ -174,6 +177,15 @@ def findings(records: Sequence[Comparison], scores: Array, format: str, notes: S
             for record, own in zip(records, scores, strict=True)
         ],
     )  # fmt: skip
+
+
+def _sure(found: Estimate, right: Array, groups: Sequence[str]) -> Estimate:
+    """A weighted share; where all rows are alike, which resampling takes for certainty, with the interval of the plain
+    one."""
+    if found.low is None or found.low != found.high:
+        return found
+    plain = statistics.share(right, groups)
+    return replace(found, low=plain.low, high=plain.high, method=plain.method)
 
 
 def _section(

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from perl_vlm.config.checks import require
 from perl_vlm.errors import PerlVlmError
-from perl_vlm.stats import auc
 from perl_vlm.train.reward_report import BLINDINGS, without_sight
 from perl_vlm.train.scoring import Feedback, FeedbackScores, score_feedback
 from perl_vlm.types import Comparison, Rating
 from perl_vlm_eval import statistics
-from perl_vlm_eval.area import area_by_item
+from perl_vlm_eval.area import area
 from perl_vlm_eval.evaluations.base import Evaluation
 from perl_vlm_eval.identity import Record, basis, group_names, item_keys, thumbnail
 from perl_vlm_eval.logs import asked
@@ -101,16 +100,18 @@ def findings(
     name = "pair_accuracy" if pairs else "label_accuracy"
     figures = {name: Figure(statistics.share(right, groups), "share", "higher")}
     labels = np.array([isinstance(record, Rating) and record.label for record in records])
-    values = {name: right.tolist()}
+    ranked: dict[str, list[float]] = {}
     if not pairs:
-        areas, by_item = _against_majority(records, found.logits.double().numpy(), labels, groups)
-        figures, values = figures | areas, values | by_item
+        areas, ranked = _against_majority(records, found.logits.double().numpy(), labels, groups)
+        figures |= areas
     confident, outcome = _confidence(odds, labels, pairs)
     figures |= _calibration(confident, outcome, groups, settings.bins)
     figures |= _lengths(found, groups, pairs)
     figures |= _grounding(right, blinded, groups)
+    alone = len({record.objective for record in records}) == 1
     for how, (places, without) in blinded.items():
-        figures |= _blindly(how, without, labels[list(places)], [groups[place] for place in places], settings.bins)
+        together = [groups[place] for place in places]
+        figures |= _blindly(how, without, labels[list(places)], together, settings.bins, alone)
     figures |= _ensemble(odds, right, groups)
     figures |= _slices(name, records, right, groups, settings.slices)
     sides = ("right", "wrong")
@@ -133,40 +134,34 @@ def findings(
     return Findings(
         figures=figures,
         headlines=[one for one in (name, "auc", "ece", "gain_from_pictures_blank") if one in figures],
-        items=Items([one.id for one in records], item_keys(records), groups, values),
+        items=Items(
+            [one.id for one in records], item_keys(records), groups, {name: right.tolist(), **ranked},
+            labels=dict.fromkeys(ranked, labels.astype(float).tolist()),
+        ),
         charts=charts,
         samples=_samples(records, found, margins),
         said=[_said(record, own) for record, own in zip(records, found.scores.tolist(), strict=True)],
-    )
+    )  # fmt: skip
 
 
 def _against_majority(
     records: Sequence[Feedback], logits: Array, labels: NDArray[np.bool_], groups: Sequence[str]
 ) -> tuple[dict[str, Figure], dict[str, list[float]]]:
     """AUC, and the accuracy of the more frequent label, for each objective alone: the logits of two are on scales of
-    their own. Also what each record has to do with the AUC, NaN for those of other objectives."""
-    figures, by_item = dict[str, Figure](), dict[str, list[float]]()
+    their own. Also what the records are ranked by, NaN for those of other objectives."""
+    figures, ranked = dict[str, Figure](), dict[str, list[float]]()
     objectives = list(dict.fromkeys(record.objective for record in records))
     for objective in objectives:
         places = np.array([place for place, record in enumerate(records) if record.objective == objective])
         own, together = labels[places], [groups[place] for place in places]
         name = f"/objective={objective}" if len(objectives) > 1 else ""
         if 0 < own.sum() < len(own):
-            figures[f"auc{name}"] = Figure(_area(logits[places], own, together), "number", "higher")
-            values = np.full(len(records), np.nan)
-            values[places] = area_by_item(logits[places], own)
-            by_item[f"auc{name}"] = values.tolist()
+            figures[f"auc{name}"] = Figure(area(logits[places], own, together), "number", "higher")
+            here = np.array([record.objective == objective for record in records])
+            ranked[f"auc{name}"] = np.where(here, logits, np.nan).tolist()
         constant = (own == (own.mean() >= 0.5)).astype(float)
         figures[f"majority_accuracy{name}"] = Figure(statistics.share(constant, together), "share")
-    return figures, by_item
-
-
-def _area(scores: Array, labels: NDArray[np.bool_], groups: Sequence[str]) -> statistics.Estimate:
-    def measure(places: NDArray[np.int64]) -> float:
-        own = labels[places]
-        return auc(scores[places], own) if 0 < own.sum() < len(own) else float("nan")
-
-    return statistics.statistic(measure, len(labels), groups)
+    return figures, ranked
 
 
 def _confidence(odds: Array, labels: NDArray[np.bool_], pairs: bool) -> tuple[Array, Array]:
@@ -233,13 +228,13 @@ def _grounding(right: Array, blinded: Mapping[str, Blinded], groups: Sequence[st
 
 
 def _blindly(
-    how: str, found: FeedbackScores, labels: NDArray[np.bool_], groups: Sequence[str], bins: int
+    how: str, found: FeedbackScores, labels: NDArray[np.bool_], groups: Sequence[str], bins: int, alone: bool
 ) -> dict[str, Figure]:
-    """Calibration without sight, and of labels the AUC."""
+    """Calibration without sight, and of labels the AUC where there is one objective ``alone``."""
     pairs = found.scores.shape[1] == 2
     figures = _calibration(*_confidence(found.raw.double().numpy(), labels, pairs), groups, bins)
-    if not pairs and 0 < labels.sum() < len(labels):
-        figures["auc"] = Figure(_area(found.logits.double().numpy(), labels, groups))
+    if alone and not pairs and 0 < labels.sum() < len(labels):
+        figures["auc"] = Figure(area(found.logits.double().numpy(), labels, groups))
     return {f"{name}_{how}_pictures": figure for name, figure in figures.items()}
 
 
@@ -252,7 +247,7 @@ def _ensemble(odds: Array, right: Array, groups: Sequence[str]) -> dict[str, Fig
     wrong = right < 0.5
     if 0 < wrong.sum() < len(wrong):
         figures["error_foreseen"] = Figure(
-            _area(apart, wrong, groups), better="higher", note="AUC of disagreement for an error; 0.5 foresees nothing"
+            area(apart, wrong, groups), better="higher", note="AUC of disagreement for an error; 0.5 foresees nothing"
         )
     return figures
 

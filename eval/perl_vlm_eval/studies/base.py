@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Hashable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
-from typing import Any, TypeVar
+from functools import lru_cache
+from pathlib import Path, PurePath
+from typing import Any, ClassVar, TypeVar
 
 from perl_vlm import registry
 from perl_vlm.cli_parse import parse
@@ -22,6 +25,11 @@ Part = Generator[Sequence[StudyCell], Mapping[str, Outcome], Found]
 """A part of a plan: asks for cells, is sent what became of them, and ends with what it found."""
 Plan = Part["StudyFindings"]
 """All of a study."""
+
+_SET_BY_ALL = {
+    "model": "give --models", "config": "give --config before the lone --", "seed": "give --seeds",
+    "out": "give --out before the lone --", "resume": "the same command again goes on from where it ended",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,16 @@ class StudySettings:
     options: tuple[str, ...] = ()
     """Settings for every cell, as --key value on the command line after a lone --."""
 
+    sets: ClassVar[Mapping[str, str]] = {}
+    """Settings that the study gives its cells itself, and what to give it instead."""
+
     def __post_init__(self) -> None:
+        keys = [word[2:].partition("=")[0].replace("-", "_") for word in self.options if word.startswith("--")]
+        for key in keys:
+            instead = {**_SET_BY_ALL, **self.sets}.get(key)
+            require(
+                instead is None, f"--{key} after the lone -- is what the study sets for each of its cells; {instead}"
+            )
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
         require(bool(self.models), "models is empty; name at least one")
         for each in dataclasses.fields(self):
@@ -68,7 +85,7 @@ def cell(
     """A cell of a study's task, with the options of all cells and its own."""
     own = [part for key, value in options.items() for part in (f"--{key}", _text(value))]
     first = [settings.task, verb, "--config", settings.config, "--model", model]
-    return StudyCell(name, [*first, *settings.options, *own], needs)
+    return StudyCell(name, [*first, *settings.options, *own], needs, _basis(settings, verb, model))
 
 
 def together(parts: Mapping[Key, Part[Found]]) -> Part[dict[Key, Found]]:
@@ -94,6 +111,32 @@ def resolved(settings: StudySettings, verb: str, model: str) -> RunConfig:
     """The settings that every cell of a verb begins with."""
     given = ["--config", settings.config, "--model", model, *settings.options]
     return parse(registry.load(settings.task), verb, given).config
+
+
+@lru_cache
+def _basis(settings: StudySettings, verb: str, model: str) -> str:
+    """A hash of the settings that all cells of a verb begin with, and of the files that these name: a config that was
+    edited, a model exported anew or other data make other cells."""
+    config = dataclasses.asdict(resolved(settings, verb, model))
+    named = {text for text in _texts(config) if text and Path(text).exists()}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for text in sorted(named):
+        root = Path(text)
+        for one in sorted(path for path in (root, *root.rglob("*")) if path.is_file()):
+            found = one.stat()
+            digest.update(repr((str(one), found.st_size, found.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _texts(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _texts(one)
 
 
 def even_start(settings: StudySettings, model: str) -> dict[str, str]:

@@ -43,13 +43,16 @@ class StudyCell:
     """Of ``perl-vlm``, without ``--out``: task, verb, ``--key``, value, ..."""
     needs: Sequence[str] = ()
     """Cells that must be done before."""
+    basis: str = ""
+    """What it builds on beside its arguments, as a hash: resolved settings, the files of its model and data."""
     wants: str = ""
     """Of ``perl-vlm eval`` of a suite: the kind of evaluation without which it is a hole; others may be missing."""
 
     @property
     def folder(self) -> str:
-        """Its folder's name. With other settings it is another cell."""
-        return f"{self.name}-{hashlib.sha256(json.dumps(list(self.arguments)).encode()).hexdigest()[:8]}"
+        """Its folder's name. With other settings, or on other files, it is another cell."""
+        parts = [*self.arguments, *filter(None, [self.basis])]
+        return f"{self.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]}"
 
     @property
     def measures(self) -> bool:
@@ -111,7 +114,7 @@ class Workshop:
         self._free: Queue[str | None] = Queue()
         for device in devices:
             self._free.put(device)
-        self._at_once = len(devices)
+        self._at_once = self._side_by_side = len(devices)
         self.outcomes: dict[str, Outcome] = {}
 
     def make(self, cells: Sequence[StudyCell]) -> dict[str, Outcome]:
@@ -122,6 +125,7 @@ class Workshop:
             PerlVlmError: two cells have one name, or one needs what is no cell.
         """
         waiting = {cell.name: cell for cell in cells if cell.name not in self.outcomes}
+        self._side_by_side = min(self._at_once, len(waiting))
         if len({cell.name for cell in cells}) < len(cells):
             raise PerlVlmError("two cells of the study have the same name; this is a fault of the study")
         known = {*self.outcomes, *(cell.name for cell in cells)}
@@ -152,6 +156,8 @@ class Workshop:
 
     def _run(self, cell: StudyCell) -> Outcome:
         folder = self.out / "cells" / cell.folder
+        if self._stop.requested:
+            return Outcome(folder, "the study was stopped")
         log = folder.with_name(f"{folder.name}.log")
         summary = self._product(cell, folder)
         if summary is not None:
@@ -160,7 +166,7 @@ class Workshop:
         # A suite's results go on by themselves.
         resumed = ["--resume"] if not cell.measures and (folder / "config.yaml").is_file() else []
         device = self._free.get()
-        began = time.monotonic()
+        began, before = time.monotonic(), log.stat().st_size if log.is_file() else 0
         try:
             code = self._wait([*cell.arguments, "--out", str(folder), *resumed], log, device)
         finally:
@@ -170,7 +176,7 @@ class Workshop:
         if summary is not None and (code == 0 or cell.measures):
             self._say(f"{cell.name}: done in {took:.0f} s")
             return Outcome(folder, "", summary)
-        why = _last_line(log) or f"exit code {code}"
+        why = _last_line(log, before) or f"exit code {code}"
         self._say(f"{cell.name}: failed after {took:.0f} s: {why}")
         return Outcome(folder, why)
 
@@ -192,8 +198,8 @@ class Workshop:
         found = dict(os.environ)
         if device is not None:
             found["CUDA_VISIBLE_DEVICES"] = device
-        if self._at_once > 1:
-            found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._at_once)))
+        if self._side_by_side > 1:
+            found.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self._side_by_side)))
         return found
 
     def _wait(self, arguments: Sequence[str], log: Path, device: str | None) -> int:
@@ -216,6 +222,12 @@ class Workshop:
                             return process.wait()
 
 
+def _cores() -> int:
+    """How many this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 @cache
 def bare_bytes() -> int:
     """What a cell's process holds before it has a model, where peaks are those of whole processes: 0 on a GPU, whose
@@ -230,8 +242,13 @@ def bare_bytes() -> int:
     return int(done.stdout.split()[-1])
 
 
-def _last_line(log: Path) -> str:
-    """What a cell said at its end, an error's text where there is one."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def _last_line(log: Path, before: int) -> str:
+    """What a cell said at the end of this attempt, an error's text where there is one.
+
+    Args:
+        before: bytes that earlier attempts left.
+    """
+    text = log.read_bytes()[before:].decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("perl-vlm: error:")]
     return (errors or lines or [""])[-1].removeprefix("perl-vlm: error: ")[:400]

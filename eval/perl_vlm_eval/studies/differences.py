@@ -105,8 +105,9 @@ def sentences(found: Sequence[Compared]) -> list[str]:
     noise, rest = sum(one.words == "within noise" for one in found), []
     if noise:
         rest.append(f"{noise} of {len(found)} differences are within the noise of the seeds.")
-    if len(told) + noise < len(found):
-        rest.append(f"{len(found) - len(told) - noise} of {len(found)} differences cannot be told: too few seeds.")
+    left = len(found) - len(told) - noise
+    if left:
+        rest.append(f"{left} of {len(found)} differences cannot be told: too few seeds, or none that spread.")
     return [*(one.sentence for one in told), *rest]
 
 

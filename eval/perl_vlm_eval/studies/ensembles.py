@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from perl_vlm.report.html import Curve, Table
 from perl_vlm_eval.seeds import over_seeds
 from perl_vlm_eval.studies.base import Part, Plan, StudyFindings, StudySettings, cell, even_start, spread, together
 from perl_vlm_eval.studies.differences import BySeed, Compared, figures_of, sentences, table_of, tested
-from perl_vlm_eval.studies.ways import Way, followed
+from perl_vlm_eval.studies.ways import MEASURED, Way, check_points, followed, rounds
 
 Start = Mapping[str, str]
 SINGLE = "single"
@@ -37,12 +37,17 @@ class EnsembleSettings(StudySettings):
     limit: int = 512
     """At most this many held-out prompts."""
 
+    sets: ClassVar[Mapping[str, str]] = {
+        "ppo.reward_model": "it is the ensemble that the study trains", "ppo.ensemble": "give --combinations",
+        "rm.members": "give --members", **MEASURED,
+    }  # fmt: skip
+
     def __post_init__(self) -> None:
         super().__post_init__()
         odd = [one for one in self.combinations if one not in COMBINATIONS]
         require(not odd, f"{', '.join(odd)} is no combination; there are {', '.join(COMBINATIONS)}")
         require(self.members >= 2, f"members is {self.members}; an ensemble has at least 2")
-        require(self.steps >= self.points >= 1, f"points is {self.points} and steps {self.steps}; 1 <= points <= steps")
+        check_points(self.steps, self.points)
 
 
 def plan(settings: EnsembleSettings) -> Plan:
@@ -63,8 +68,8 @@ def plan(settings: EnsembleSettings) -> Plan:
                 single = folder / "members" / str(seed % settings.members)
                 return {
                     "ppo.reward_model": single if how == SINGLE else folder,
-                    "ppo.ensemble": "mean" if how == SINGLE else how, "ppo.steps": settings.steps,
-                    "ppo.save_every": settings.steps // settings.points, **start,
+                    "ppo.ensemble": "mean" if how == SINGLE else how,
+                    **rounds(settings.steps, settings.points), **start,
                 }  # fmt: skip
 
             name = f"{PurePath(model).name}-{how}"

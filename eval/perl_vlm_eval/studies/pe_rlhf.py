@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 from perl_vlm import registry
 from perl_vlm.config.checks import require
@@ -57,6 +57,13 @@ class PeRlhfSettings(StudySettings):
     reward: str = "learned"
     """What policies are trained against: ``learned`` is the LoRA reward model of the middle rank, anything else as
     ppo.reward_model takes it, such as ``verify``."""
+
+    sets: ClassVar[Mapping[str, str]] = {
+        "tuning": "both are its arms", "lora.language_rank": "give --ranks", "lora.vision_rank": "give --ranks",
+        "rm.lr": "give --rm_lrs and --rm_full_lrs", "ppo.lr": "give --ppo_lrs and --ppo_full_lrs",
+        "lr": "give --rm_lrs, --rm_full_lrs, --ppo_lrs and --ppo_full_lrs", "ppo.reward_model": "give --reward",
+        "eval.policy": "it is the policy that the study trains",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,7 +162,7 @@ def _searched(
     lr = max(keys, key=lambda one: keys[one])
     seeds = [one(lr, seed) for seed in range(settings.seeds)]
     done = yield seeds
-    return Arm(lr, [done[each.name] for each in seeds])
+    return Arm(lr, [done[each.name] for each in seeds], tried=tuple(lrs))
 
 
 def _on_validation(run: Outcome, verb: str) -> tuple[float, ...]:

@@ -30,6 +30,8 @@ class Arm:
     """One for each seed, holes too."""
     figure: BySeed = field(default_factory=dict)
     """By seed: a reward model's accuracy, or what the task says of a policy."""
+    tried: Sequence[float] = ()
+    """Learning rates that it was chosen from."""
 
     @property
     def seeds(self) -> Seeds | None:
@@ -147,11 +149,28 @@ def cautions(found: Results) -> list[str]:
         worse = [
             arm
             for arm, own in known.items()
-            if own is not None and model in found.anchors and own.mean < found.anchors[model]
+            if own is not None
+            and model in found.anchors
+            and (own.mean if own.high is None else own.high) < found.anchors[model]
         ]
         if worse:
             said.append(f"{model}: policies are below their anchor in {', '.join(worse)}.")
+        said += _edges(found, model)
     return said
+
+
+def _edges(found: Results, model: str) -> list[str]:
+    """Learning rates that were the last of those tried: whether the next would have been better is not known."""
+    told = [
+        f"{what} {arm} ({own.lr:g}, the {'largest' if own.lr == max(own.tried) else 'smallest'} of {len(own.tried)})"
+        for what, arms in (("reward model", found.rewards), ("policy", found.policies))
+        for arm in found.arms
+        if (own := arms[model, arm]).lr is not None
+        and len(own.tried) > 1
+        and own.lr in (min(own.tried), max(own.tried))
+    ]
+    text = f"{model}: learning rates at the edge of what was tried, so that a wider search may do better: "
+    return [text + f"{', '.join(told)}."] if told else []
 
 
 def _by_rank(

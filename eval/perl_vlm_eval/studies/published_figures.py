@@ -14,12 +14,21 @@ MAIN: dict[str, dict[str, float]] = {
 MAIN_COLUMNS = ("Harmless", "SHP", "TL;DR", "BOLT", "UI", "VQA")
 
 REWARD_RANKS: dict[str, dict[str, float]] = {
-    "Harmless": {"full": 76.6, "16": 75.0, "8": 79.1, "4": 78.7, "1": 76.0},
-    "SHP": {"full": 83.2, "16": 81.3, "8": 81.6, "4": 82.2, "1": 80.9},
-    "TL;DR": {"full": 78.7, "16": 77.0, "8": 77.3, "4": 79.7, "1": 77.2},
-    "UI": {"full": 93.1, "16": 92.2, "8": 92.0, "4": 91.2, "1": 90.8},
+    "Harmless, S": {"full": 76.6, "16": 75.0, "8": 79.1, "4": 78.7, "1": 76.0},
+    "SHP, S": {"full": 83.2, "16": 81.3, "8": 81.6, "4": 82.2, "1": 80.9},
+    "TL;DR, S": {"full": 78.7, "16": 77.0, "8": 77.3, "4": 79.7, "1": 77.2},
+    "UI, S": {"full": 93.1, "16": 92.2, "8": 92.0, "4": 91.2, "1": 90.8},
+    "Harmless, XS": {"full": 77.0, "8": 76.8},
+    "SHP, XS": {"full": 82.0, "8": 82.6, "4": 81.8},
+    "TL;DR, XS": {"full": 78.1, "4": 76.8},
+    "UI, XS": {"full": 88.6, "8": 89.2, "4": 89.7},
+    "Harmless, XXS": {"full": 73.4, "8": 72.5},
+    "SHP, XXS": {"full": 80.2, "8": 79.3, "4": 77.8},
+    "TL;DR, XXS": {"full": 75.4, "4": 73.2},
+    "UI, XXS": {"full": 84.4, "8": 87.1, "4": 85.8},
 }
-"""Table 2, size S: reward model accuracy in percent, by rank."""
+"""Table 2: reward model accuracy in percent, by rank, of three sizes of PaLM 2. Of VQA the paper gives differences
+from full tuning alone: ranks 32 to 1 lie 0.6 to 1.2 points below."""
 
 POLICY_RANKS: dict[str, dict[str, float]] = {
     "Harmless": {"full": 96.6, "16": 96.4, "8": 97.7, "4": 96.7, "1": 98.2, "anchor": 75.5},
@@ -28,4 +37,5 @@ POLICY_RANKS: dict[str, dict[str, float]] = {
     "BOLT": {"full": 73.2, "16": 75.5, "8": 73.4, "4": 73.9, "1": 73.1, "anchor": 50},
     "UI": {"full": 81.6, "16": 86.4, "8": 85.4, "4": 84.5, "1": 77.7, "anchor": 77.7},
 }
-"""Table 3, size S: what RL reaches by the judge, in percent, by rank."""
+"""Table 3, size S: what RL reaches by the judge, in percent, by rank. Of VQA the paper gives differences from the
+anchor alone: full +5.5, ranks 32 to 1 +2.5 to +3.9."""

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 from perl_vlm.config.checks import require
 from perl_vlm.report.html import Curve, Table
 from perl_vlm_eval.seeds import over_seeds
 from perl_vlm_eval.studies.base import Part, Plan, StudyFindings, StudySettings, even_start, spread, together
 from perl_vlm_eval.studies.differences import BySeed, Compared, figures_of, sentences, table_of, tested
-from perl_vlm_eval.studies.ways import Way, followed
+from perl_vlm_eval.studies.ways import MEASURED, Way, check_points, followed, rounds
 
 KINDS = ("none", "k1", "clamped_k1", "k2", "k3", "js_proxy", "reverse_kl", "forward_kl", "js")
 TUNINGS = ("lora", "full")
@@ -49,11 +49,17 @@ class RegularizerSettings(StudySettings):
     limit: int = 512
     """At most this many held-out prompts."""
 
+    sets: ClassVar[Mapping[str, str]] = {
+        "tuning": "give --tunings", "ppo.reward_model": "give --reward", "ppo.kl": "give --kinds",
+        "ppo.kl_coef": "give --kl_coef", "ppo.lr": "give --lr and --full_lr", "lr": "give --lr and --full_lr",
+        **MEASURED,
+    }  # fmt: skip
+
     def __post_init__(self) -> None:
         super().__post_init__()
         odd = [kind for kind in self.kinds if kind not in KINDS] + [one for one in self.tunings if one not in TUNINGS]
         require(not odd, f"{', '.join(odd)} is no regulariser or tuning; there are {', '.join((*KINDS, *TUNINGS))}")
-        require(self.steps >= self.points >= 1, f"points is {self.points} and steps {self.steps}; 1 <= points <= steps")
+        check_points(self.steps, self.points)
 
 
 def plan(settings: RegularizerSettings) -> Plan:
@@ -65,8 +71,8 @@ def plan(settings: RegularizerSettings) -> Plan:
                 options: dict[str, Any] = {
                     "tuning": tuning, "ppo.reward_model": settings.reward, "ppo.kl": kind,
                     "ppo.kl_coef": 0.0 if kind == "none" else settings.kl_coef,
-                    "ppo.lr": settings.full_lr if tuning == "full" else settings.lr, "ppo.steps": settings.steps,
-                    "ppo.save_every": settings.steps // settings.points, **even_start(settings, model),
+                    "ppo.lr": settings.full_lr if tuning == "full" else settings.lr,
+                    **rounds(settings.steps, settings.points), **even_start(settings, model),
                 }  # fmt: skip
                 name = f"{PurePath(model).name}-{tuning}-{kind}"
                 arms[model, tuning, kind] = followed(settings, name, model, partial(_same, options), settings.limit)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from perl_vlm.config.checks import require
 from perl_vlm_eval.studies.base import Part, StudySettings, cell
 from perl_vlm_eval.studies.cells import StudyCell
 
@@ -41,6 +42,30 @@ class Way:
         return float(np.interp(kl**0.5, away, gold))
 
 
+MEASURED = {
+    "ppo.steps": "give --steps", "steps": "give --steps", "ppo.save_every": "give --points",
+    "ppo.save_total_limit": "it keeps every checkpoint that it measures",
+    "ppo.eval_every": "policies are taken as the last round left them, so that all have had as many",
+}  # fmt: skip
+"""What a study that follows its policies gives its cells itself."""
+
+
+def rounds(steps: int, points: int) -> dict[str, Any]:
+    """Settings of policies that are measured at so many points on the way, and published as the last one left them."""
+    return {
+        "ppo.steps": steps, "ppo.save_every": steps // points, "ppo.save_total_limit": None, "ppo.eval_every": None,
+    }  # fmt: skip
+
+
+def check_points(steps: int, points: int) -> None:
+    """Raises ValueError for points that cannot lie evenly on the way."""
+    require(
+        1 <= points <= steps and steps % points == 0,
+        f"points is {points} and steps {steps}; a policy is measured every steps / points rounds, so points must "
+        "divide steps",
+    )
+
+
 def followed(
     settings: StudySettings,
     name: str,
@@ -55,12 +80,9 @@ def followed(
         options: settings of the policy with a seed.
     """
     trained = [
-        cell(
-            settings, f"ppo-{name}-s{seed}", "ppo", model,
-            {**options(seed), "seed": seed, "ppo.save_total_limit": None}, *needs,
-        )
+        cell(settings, f"ppo-{name}-s{seed}", "ppo", model, {**options(seed), "seed": seed}, *needs)
         for seed in range(settings.seeds)
-    ]  # fmt: skip
+    ]
     done = yield trained
     measured = [
         StudyCell(
