@@ -118,7 +118,7 @@ def _basis(settings: StudySettings, verb: str, model: str) -> str:
     """A hash of the settings that all cells of a verb begin with, and of the files that these name: a config that was
     edited, a model exported anew or other data make other cells."""
     config = dataclasses.asdict(resolved(settings, verb, model))
-    named = {text for text in _texts(config) if text and Path(text).exists()}
+    named = {text for text in _texts(config) if _exists(text)}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for text in sorted(named):
         root = Path(text)
@@ -126,6 +126,13 @@ def _basis(settings: StudySettings, verb: str, model: str) -> str:
             found = one.stat()
             digest.update(repr((str(one), found.st_size, found.st_mtime_ns)).encode())
     return digest.hexdigest()
+
+
+def _exists(text: str) -> bool:
+    try:
+        return bool(text) and Path(text).exists()
+    except (OSError, ValueError):  # a text that no path can be
+        return False
 
 
 def _texts(value: Any) -> Iterator[str]:
