@@ -43,7 +43,7 @@ def test_labels_have_an_area_and_a_majority(tmp_path: Path) -> None:
     assert figures["majority_accuracy"]["estimate"]["value"] == 0.75
     assert figures["auc"]["estimate"]["items"] == 40
     (kept,) = (tmp_path / "out" / "cells").glob("*.json")
-    items = json.loads(kept.read_text())["items"]
+    items = json.loads(kept.read_text())["findings"]["items"]
     assert sum(items["labels"]["auc"]) == 30
     scores = np.array(items["values"]["auc"])
     good = np.array(items["labels"]["auc"]) > 0.5
