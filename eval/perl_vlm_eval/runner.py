@@ -1,8 +1,8 @@
 """Runs suites: one cell for each evaluation and run, kept when it is done, so that nothing is measured twice.
 
 A cell's key is a hash of all that its figures depend on: the version of the results, the evaluation and its settings,
-the run's weights, the data. ``OUT/cells/KEY.json`` is a finished one. A cell that fails is told with its cause and
-harms no other.
+the run's weights, the data, the code that measures. ``OUT/cells/KEY.json`` is a finished one. A cell that fails is told
+with its cause and harms no other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from perl_vlm.report.files import write_atomically
 from perl_vlm.train.signals import StopOnSignal, Stopped
 from perl_vlm_eval.evaluations.base import NotFor
 from perl_vlm_eval.evaluations.policies import Policies
-from perl_vlm_eval.identity import data_hash, settings_hash
+from perl_vlm_eval.identity import code_hash, data_hash, settings_hash
 from perl_vlm_eval.logs import lines_of, plain, sample_file, write_lines
 from perl_vlm_eval.opened import OpenRun
 from perl_vlm_eval.results import SCHEMA, Cell, cell_from_json, read_json, to_json
@@ -154,9 +154,7 @@ def _cell(line: Line, run: FoundRun, opened: OpenRun, out: Path, say: Callable[[
     if why:
         say(f"{run.label}: {line.name}: not all could be measured: {why}")
     status: Literal["done", "failed"] = "failed" if why else "done"
-    cell = Cell(
-        line.name, line.evaluation.kind, run.label, key, status, why, took, replace(findings, said=())
-    )  # fmt: skip
+    cell = Cell(line.name, line.evaluation.kind, run.label, key, status, why, took, replace(findings, said=()))
     keep(out, cell)
     return cell
 
@@ -166,6 +164,7 @@ def _key(line: Line, opened: OpenRun) -> str:
     parts = [
         SCHEMA, line.evaluation.kind, line.settings, opened.weights, settings_hash(opened.config, opened.task),
         data_hash(line.evaluation.records(opened)), line.evaluation.depends_on(opened),
+        code_hash(type(line.evaluation)),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
 
 from perl_vlm_eval.comparing import differences_of
-from perl_vlm_eval.report import write_page
+from perl_vlm_eval.report import print_tables, write_page
 from perl_vlm_eval.results import Cell, Chart, Figure, Findings, Items, Sample
 from perl_vlm_eval.statistics import share
 
@@ -43,6 +44,24 @@ def cell(run: str, seed: int) -> Cell:
         samples=samples,
     )
     return Cell("policy", "policy", run, run, "done", findings=findings)
+
+
+def test_tables_that_are_cut_say_so_and_the_terminal_warns(tmp_path: Path) -> None:
+    def small(place: int) -> Cell:
+        right = (np.random.default_rng(place).random(20) < 0.7).astype(float)
+        names, figure = [str(one) for one in range(20)], Figure(share(right), "share", "higher")
+        items = Items(names, names, names, {"accuracy": right.tolist()})
+        found = Findings({"accuracy": figure}, ["accuracy"], items, warnings=["by words alone"])
+        return Cell("policy", "policy", f"run-{place}", "key", "done", findings=found)
+
+    cells = [small(place) for place in range(12)]
+    tests = differences_of(cells)
+    write_page(tmp_path / "report.html", "many", cells, tests, [], {}, {})
+    assert "The first 60 of 66; all are in results.json." in (tmp_path / "report.html").read_text()
+    stream = io.StringIO()
+    print_tables(cells[:1], [], [], Console(file=stream, width=100))
+    assert "run-0: by words alone" in stream.getvalue()
+    assert stream.getvalue().split("accuracy")[1].splitlines()[0].split()[-1] == "20", "its sample size"
 
 
 def test_ten_thousand_rows_make_a_page_of_less_than_five_megabytes(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -80,8 +81,9 @@ class Factuality(Evaluation):
 
     def depends_on(self, opened: OpenRun) -> str:
         """The texts of the knowledge source, and what the judge is told."""
-        return "\n".join([*self._texts(), instructions("claims"), instructions("supported")])
+        return "\n".join([*self._texts, instructions("claims"), instructions("supported")])
 
+    @cached_property
     def _texts(self) -> list[str]:
         given = self.settings.knowledge
         return [] if given in (PROMPT, REFERENCES) else read_texts(Path(given))
@@ -94,8 +96,7 @@ class Factuality(Evaluation):
             examples = [one for one in examples if one.reference]
         if not examples:
             raise PerlVlmError(f"task {opened.task.name} has no {settings.split} examples to hold claims of against")
-        texts = self._texts()
-        library = Library(texts) if texts else None
+        library = Library(self._texts) if self._texts else None
         checker: Checker = Offline(settings.threshold)
         if settings.judge:
             checker = Judged(Endpoint(settings.judge, opened.judgements, stop=stage.stop.raise_if_requested))

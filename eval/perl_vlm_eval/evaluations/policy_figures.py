@@ -135,6 +135,7 @@ class Measured:
             prefix = "" if label == self.last else f"{label}/"
             for n in powers(most):
                 measure = statistics.share if self._unit() == "share" else statistics.mean
+                # A weighted mean of ones may lie above 1 in its last digit, which is no share.
                 found = measure(np.clip(best_of_n(chosen_by, worth, n), worth.min(), worth.max()), groups)
                 series.setdefault(f"{label}: {self.primary}", []).append((float(n), found.value))
                 note = f"the best of {n} samples by {name}; KL of best-of-n at most {divergence_of_best(n):.2f} nats"

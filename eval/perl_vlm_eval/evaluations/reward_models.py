@@ -152,12 +152,12 @@ def _against_majority(
     figures, ranked = dict[str, Figure](), dict[str, list[float]]()
     objectives = list(dict.fromkeys(record.objective for record in records))
     for objective in objectives:
-        places = np.array([place for place, record in enumerate(records) if record.objective == objective])
+        here = np.array([record.objective == objective for record in records])
+        places = np.flatnonzero(here).tolist()
         own, together = labels[places], [groups[place] for place in places]
         name = f"/objective={objective}" if len(objectives) > 1 else ""
         if 0 < own.sum() < len(own):
             figures[f"auc{name}"] = Figure(area(logits[places], own, together), "number", "higher")
-            here = np.array([record.objective == objective for record in records])
             ranked[f"auc{name}"] = np.where(here, logits, np.nan).tolist()
         constant = (own == (own.mean() >= 0.5)).astype(float)
         figures[f"majority_accuracy{name}"] = Figure(statistics.share(constant, together), "share")
